@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['MAX_LOG_SCALE', 'box_area', 'box_iou', 'clip_boxes', 'large_enough', 'encode_boxes', 'decode_boxes', 'nms',
-           'batched_nms', 'nms_mask', 'drop_padding', 'gather_boxes']
+           'batched_nms', 'nms_mask', 'apply_to_valid', 'gather_boxes']
 
 # %% ../nbs/02_boxes.ipynb #238be48f
 import math
@@ -120,14 +120,18 @@ def nms_mask(
         k[i[batched_nms(b[i], s[i], g[i], iou_threshold)]] = True
     return keep
 
-# %% ../nbs/02_boxes.ipynb #1c734bce
-def drop_padding(
+# %% ../nbs/02_boxes.ipynb #887823a4
+def apply_to_valid(
+    function,                      # takes tensors [k, ...] and returns one, or a tuple of them
     valid:Bool[Tensor, "batch n"], # which entries are real
     *tensors:Tensor,               # each [batch, n, ...]
-) -> tuple:
-    "Flatten batch and count; on the CPU, where asking costs nothing, keep only the real entries. `valid` comes first."
-    if valid.is_cuda: return valid.flatten(), *(t.flatten(0, 1) for t in tensors)
-    return valid[valid], *(t[valid] for t in tensors)
+) -> Tensor|tuple:
+    "`function` of every entry, [batch, n, ...]. On the CPU, where asking costs nothing, of the real ones alone, zeros elsewhere."
+    if valid.is_cuda:
+        out, back = function(*(t.flatten(0, 1) for t in tensors)), lambda o: o.unflatten(0, valid.shape)
+    else:
+        out, back = function(*(t[valid] for t in tensors)), lambda o: o.new_zeros(*valid.shape, *o.shape[1:]).index_put((valid,), o)
+    return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
 
 # %% ../nbs/02_boxes.ipynb #4b911d13
 def gather_boxes(

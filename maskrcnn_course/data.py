@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'encode_mask', 'decode_mask', 'write_dataset', 'InstanceDataset', 'collate', 'pad_images',
-           'pad_targets']
+           'pad_targets', 'import_coco']
 
-# %% ../nbs/00_data.ipynb #f09c5b10
+# %% ../nbs/00_data.ipynb #bb14f2f6
 import json, os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,95 +13,95 @@ from io import BytesIO
 from itertools import islice
 from pathlib import Path
 import h5py, numpy as np, torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
-# %% ../nbs/00_data.ipynb #ad1f3d1f
-FORMAT, VERSION = "maskrcnn_course", 1
+# %% ../nbs/00_data.ipynb #fc7fbe41
+def _mask_box(mask:np.ndarray) -> tuple[int, int, int, int]:
+    "The box that just holds a mask with at least one pixel."
+    ys, xs = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
-# %% ../nbs/00_data.ipynb #b0d379f7
+# %% ../nbs/00_data.ipynb #4ca45498
 def encode_mask(
-    mask:np.ndarray | Tensor, # [H, W], an object's pixels are not zero
+    mask:np.ndarray | Tensor, # [H, W], not zero where the object is
 ) -> bytes:
-    "COCO's compressed run-length encoding of one mask, column by column."
+    "COCO's compressed run-length encoding of a mask, read column by column."
     return coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0).view(np.uint8))["counts"]
 
-# %% ../nbs/00_data.ipynb #98783dad
-def _run_lengths(rle:bytes) -> np.ndarray:
-    "The run lengths in a compressed `rle`: five bits a character, a sixth says that more follow."
-    codes = np.frombuffer(rle, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.r_[0, ends[:-1] + 1]
-    if not len(ends) or ends[-1] != len(codes) - 1: raise ValueError("the run lengths of a mask are cut off")
-    place = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
-    runs = np.add.reduceat((codes & 31) << 5 * place, starts)
-    runs -= (codes[ends] & 16 > 0).astype(np.int64) << 5 * (place[ends] + 1)
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
-    return runs
-
-
-def _paint_runs(runs:np.ndarray, height:int, width:int) -> UInt8[np.ndarray, "height width"]:
-    "The mask of alternating runs of 0 and 1, laid column by column."
-    if runs.min() < 0 or runs.sum() != height * width:
-        raise ValueError(f"the run lengths of a mask add up to {runs.sum()} and not to {height} × {width}")
-    return np.ascontiguousarray(np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T)
-
-
+# %% ../nbs/00_data.ipynb #af4e7d6a
 def decode_mask(
     rle:bytes,  # COCO's compressed run-length encoding
     height:int, # of the image
     width:int,  # of the image
 ) -> UInt8[np.ndarray, "height width"]:
-    "The 0/1 mask that `encode_mask` encoded; a `ValueError` if `rle` does not fill it exactly."
-    return _paint_runs(_run_lengths(rle), height, width)
+    "The 0/1 mask that `encode_mask` encoded; a `ValueError` if its runs do not fill the image exactly."
+    codes = np.frombuffer(rle, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(codes & 32 == 0)
+    if not len(ends) or ends[-1] != len(codes) - 1: raise ValueError("the run-length encoding of a mask is cut off")
+    starts = np.r_[0, ends[:-1] + 1]
+    bit = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
+    runs = np.add.reduceat((codes & 31) << bit, starts) - ((codes[ends] & 16) << bit[ends] + 1)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(f"the runs of a mask add up to {runs.sum()} pixels, and not to {height} × {width}")
+    return np.ascontiguousarray(np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T)
 
-# %% ../nbs/00_data.ipynb #2e1da001
+# %% ../nbs/00_data.ipynb #3a29f20e
+FORMAT, VERSION = "maskrcnn_course", 1
 _TEXT = h5py.string_dtype()
-_IMAGE = dict(id=np.int64, file_name=_TEXT, width=np.int32, height=np.int32, split=_TEXT, license=_TEXT, url=_TEXT)
-_INSTANCE = dict(label=np.int64, box=np.float64, area=np.float64, iscrowd=np.uint8)
+_IMAGE = np.dtype([("id", "i8"), ("file_name", _TEXT), ("width", "i8"), ("height", "i8"), ("split", _TEXT), ("license", _TEXT),
+                   ("url", _TEXT), ("data", "i8", 2), ("instances", "i8", 2)])
+_INSTANCE = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f8", 4), ("area", "f8"), ("iscrowd", "i8"), ("rle", "i8", 2)])
+_TABLES = {"images": (_IMAGE, 2**10), "instances": (_INSTANCE, 2**10), "image_bytes": (np.uint8, 2**17), "rle_bytes": (np.uint8, 2**17)}
 
+# %% ../nbs/00_data.ipynb #c0014455
+def _spans(start:int, lengths:list) -> list:
+    "Where items of these lengths begin and end that lie one behind the other from `start` on."
+    ends = start + np.cumsum([0, *lengths])
+    return list(zip(ends[:-1].tolist(), ends[1:].tolist()))
 
-def _create_tables(f:h5py.File) -> None:
-    "The empty tables of a data set, ready to grow."
-    def table(name, dtype, first=(), row=(), chunk=1024):
-        f.create_dataset(name, (len(first), *row), dtype, data=first or None, maxshape=(None, *row), chunks=(chunk, *row))
-    for name, dtype in _IMAGE.items(): table(f"images/{name}", dtype)
-    for name, dtype in _INSTANCE.items(): table(f"instances/{name}", dtype, row=(4,) if name == "box" else ())
-    table("instances/image", np.int64)
-    for name in ("images/data", "instances/rle"): table(name, np.uint8, chunk=1 << 17)
-    for name in ("images/offset", "images/instances", "instances/offset"): table(name, np.int64, first=[0])
-
-
-def _extend(table:h5py.Dataset, rows:list | np.ndarray) -> None:
-    "Append `rows` to `table`."
-    n = len(table)
-    table.resize(n + len(rows), axis=0)
-    if len(rows): table[n:] = rows
-
-
+# %% ../nbs/00_data.ipynb #f977daf2
 def _append(f:h5py.File, examples:list) -> None:
     "Append `examples` to the tables of `f`."
-    def extend_packed(name, offset, items):
-        _extend(f[name], np.frombuffer(b"".join(items), np.uint8))
-        _extend(f[offset], f[offset][-1] + np.cumsum([len(o) for o in items], dtype=np.int64))
-    rows, counts, done = [r for e in examples for r in e["instances"]], [len(e["instances"]) for e in examples], len(f["images/id"])
-    for name in _IMAGE: _extend(f[f"images/{name}"], [e.get(name, "") for e in examples])
-    for name in _INSTANCE: _extend(f[f"instances/{name}"], [r[name] for r in rows])
-    _extend(f["instances/image"], np.repeat(np.arange(len(examples)) + done, counts))
-    _extend(f["images/instances"], f["images/instances"][-1] + np.cumsum(counts))
-    extend_packed("images/data", "images/offset", [e["image"] for e in examples])
-    extend_packed("instances/rle", "instances/offset", [r["rle"] for r in rows])
+    def extend(name, rows):
+        n = len(f[name])
+        f[name].resize(n + len(rows), axis=0)
+        if len(rows): f[name][n:] = rows
+    def pack(name, items):
+        spans = _spans(len(f[name]), [len(item) for item in items])
+        extend(name, np.frombuffer(b"".join(items), np.uint8))
+        return spans
 
-# %% ../nbs/00_data.ipynb #c5879a8d
+    rows = [(len(f["images"]) + i, r) for i, e in enumerate(examples) for r in e["instances"]]
+    rles, data = pack("rle_bytes", [r["rle"] for _, r in rows]), pack("image_bytes", [e["image"] for e in examples])
+    spans = _spans(len(f["instances"]), [len(e["instances"]) for e in examples])
+    extend("instances", np.array([(i, r["label"], tuple(r["box"]), r["area"], r["iscrowd"], rle)
+                                  for (i, r), rle in zip(rows, rles)], _INSTANCE))
+    extend("images", np.array([(*(e.get(k, "") for k in _IMAGE.names[:7]), *where) for e, *where in zip(examples, data, spans)], _IMAGE))
+
+# %% ../nbs/00_data.ipynb #5a09cf83
+def _check_example(example:dict, classes:list, seen:set) -> None:
+    "Raise a `ValueError` that names the image if `example` does not fit the file."
+    def check(ok, message):
+        if not ok: raise ValueError(f"image {example['id']} ({example['file_name']}): {message}")
+    check(example["id"] not in seen, "another image has the same id")
+    check(example["split"] in ("train", "val"), f"split {example['split']!r} is neither 'train' nor 'val'")
+    for row in example["instances"]:
+        check(1 <= row["label"] <= len(classes), f"label {row['label']} is none of 1…{len(classes)}, the classes {classes}")
+        x1, y1, x2, y2 = row["box"]
+        check(x1 < x2 and y1 < y2, f"box {(x1, y1, x2, y2)} has no area")
+    seen.add(example["id"])
+
+# %% ../nbs/00_data.ipynb #ad88381d
 @contextmanager
 def _new_file(path:Path, overwrite:bool) -> Iterator[h5py.File]:
-    "An HDF5 file under a temporary name that takes its own name once it is whole, and goes if it never is."
+    "An HDF5 file under a temporary name: it takes its own once it is whole, and is removed if it never is."
     if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -110,83 +110,84 @@ def _new_file(path:Path, overwrite:bool) -> Iterator[h5py.File]:
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-
-def _check_example(example:dict, classes:list, seen:set) -> None:
-    "Raise a `ValueError` that names the image if `example` does not fit the container."
-    def check(ok, message):
-        if not ok: raise ValueError(f"image {example['id']} ({example['file_name']}): {message}")
-    check(example["id"] not in seen, "another image has this id")
-    check(example["split"] in ("train", "val"), f"split {example['split']!r} is neither 'train' nor 'val'")
-    for row in example["instances"]:
-        check(1 <= row["label"] <= len(classes), f"label {row['label']} is not in 1…{len(classes)}, the labels of the classes {classes}")
-        x1, y1, x2, y2 = row["box"]
-        check(x2 > x1 and y2 > y1, f"box {tuple(row['box'])} has no area")
-    seen.add(example["id"])
-
-
+# %% ../nbs/00_data.ipynb #6b5c74bc
 def write_dataset(
     path:str | Path,         # the HDF5 file to write
     classes:list | tuple,    # class names, of labels 1, 2, …
-    examples:Iterable[dict], # one dict an image, see the table above
+    examples:Iterable[dict], # one dict an image: `image` (encoded bytes), `width`, `height`, `id`, `file_name`, `split`, `instances`
     made_by:str,             # a line on where it comes from, kept in the file
     overwrite:bool=False,    # replace a file that exists
     total:int | None=None,   # how many examples will come, for the progress bar
 ) -> Path:
     "Write a data set as one HDF5 file: whole, or not at all."
     path, classes, seen = Path(path), list(classes), set()
-    examples = iter(tqdm(examples, total=total, leave=False, disable=None))
     with _new_file(path, overwrite) as f:
         f.attrs.update(format=FORMAT, version=VERSION, classes=json.dumps(classes), made_by=made_by)
-        _create_tables(f)
+        for name, (dtype, chunk) in _TABLES.items(): f.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(chunk,))
+        examples = iter(tqdm(examples, total=total, leave=False, disable=None))
         while batch := list(islice(examples, 64)):
             for example in batch: _check_example(example, classes, seen)
             _append(f, batch)
     return path
 
-# %% ../nbs/00_data.ipynb #b4599f8e
+# %% ../nbs/00_data.ipynb #b4119e48
 def _open_dataset(path:Path) -> h5py.File:
     "The open file, or an error that says why it is not a data set."
     if not path.is_file(): raise FileNotFoundError(f"no data set at {path}: make one with write_scenes or import_coco")
     try: f = h5py.File(path, "r")
-    except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, write it again: {e}") from e
+    except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, make it again: {e}") from e
     if f.attrs.get("format") != FORMAT or f.attrs["version"] > VERSION:
-        raise ValueError(f"{path} is not a {FORMAT} data set of version {VERSION} or earlier: its attributes are {dict(f.attrs)}")
+        raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: its attributes are {dict(f.attrs)}")
     return f
 
-
+# %% ../nbs/00_data.ipynb #ab17efc1
 def _decode_image(data:bytes, where:str) -> Image.Image:
-    "Decode an encoded image to RGB, every pixel of it; EXIF rotation is not applied."
+    "Decode every pixel of an encoded image to RGB, as stored (an EXIF rotation is not applied)."
     try: return Image.open(BytesIO(data)).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as e: raise ValueError(f"{where}: the image is damaged: {e}") from e
 
+# %% ../nbs/00_data.ipynb #c5a07af8
+def _read_instances(f:h5py.File, row:int) -> tuple[np.ndarray, list]:
+    "The rows of the objects of image `row`, and their encoded masks."
+    start, end = f["images"][row]["instances"]
+    rows = f["instances"][start:end]
+    return rows, [f["rle_bytes"][a:b].tobytes() for a, b in rows["rle"]]
 
+# %% ../nbs/00_data.ipynb #3e11d57b
+def _read_example(f:h5py.File, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
+    "Image `row` of the open file and its target."
+    entry, (rows, rles) = f["images"][row], _read_instances(f, row)
+    where, (start, end) = f"{f.filename}, image {entry['id']}", entry["data"]
+    image = _decode_image(f["image_bytes"][start:end].tobytes(), where)
+    if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: {image.size} pixels, but {entry} in the table")
+    masks = np.zeros((len(rles), image.height, image.width), np.uint8)
+    try:
+        for mask, rle in zip(masks, rles): mask[:] = decode_mask(rle, image.height, image.width)
+    except ValueError as e: raise ValueError(f"{where}: {e}") from e
+    return tvf.pil_to_tensor(image), dict(
+        boxes=torch.tensor(rows["box"], dtype=torch.float32), labels=torch.tensor(rows["label"]), masks=torch.from_numpy(masks),
+        image_id=int(entry["id"]), area=torch.tensor(rows["area"], dtype=torch.float32), iscrowd=torch.tensor(rows["iscrowd"]))
+
+# %% ../nbs/00_data.ipynb #97c92279
 class InstanceDataset(torch.utils.data.Dataset):
-    "Images and torchvision's target dicts out of one HDF5 file."
+    "Images and torchvision's target dicts, out of one HDF5 file."
     def __init__(self,
-        path:str | Path,        # the HDF5 file
-        split:str | None=None,  # "train", "val", or None for all
-        transforms=None,        # a transform of torchvision.transforms.v2, called with (image, target)
+        path:str | Path,       # the HDF5 file
+        split:str | None=None, # "train", "val", or None for both; a file without "val" is dealt out 4 : 1
+        transforms=None,       # a transform of `torchvision.transforms.v2`, called with (uint8 image, target)
     ):
+        if split not in ("train", "val", None): raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
         self.path, self.transforms, self._file, self._pid = Path(path), transforms, None, None
         with _open_dataset(self.path) as f:
-            self.classes = json.loads(f.attrs["classes"])
-            self._rows = self._select(f["images/split"].asstr()[:], split)
-            self.image_ids = f["images/id"][:][self._rows].tolist()
-        if not len(self): raise ValueError(f"{path} has no images in split {split!r}")
+            self.classes, ids, splits = json.loads(f.attrs["classes"]), f["images"]["id"], f["images"]["split"].astype(str)
+        if "val" not in splits:
+            splits = np.where(np.random.default_rng(0).permutation(len(ids)) < round(0.8 * len(ids)), "train", "val")
+        self._rows = np.flatnonzero((splits == split) | (split is None)).tolist()
+        if not self._rows: raise ValueError(f"{path} has no image in split {split!r}")
+        self.image_ids, self.num_classes = ids[self._rows].tolist(), len(self.classes) + 1
 
-    @staticmethod
-    def _select(splits:np.ndarray, split:str | None) -> np.ndarray:
-        "The rows of `split`; with no \"val\" in the file, 80 % of a fixed shuffle are \"train\" and the rest \"val\"."
-        if split not in (None, "train", "val"): raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
-        if split is None: return np.arange(len(splits))
-        if "val" in splits: return np.flatnonzero(splits == split)
-        order, cut = np.random.default_rng(0).permutation(len(splits)), round(0.8 * len(splits))
-        return np.sort(order[:cut] if split == "train" else order[cut:])
-
-    @property
-    def num_classes(self) -> int:
-        "How many labels there are, background included."
-        return len(self.classes) + 1
+    def __len__(self) -> int: return len(self._rows)
+    def __getstate__(self) -> dict: return {**self.__dict__, "_file": None, "_pid": None}
 
     @property
     def _h5(self) -> h5py.File:
@@ -194,104 +195,193 @@ class InstanceDataset(torch.utils.data.Dataset):
         if self._pid != os.getpid(): self._file, self._pid = _open_dataset(self.path), os.getpid()
         return self._file
 
-    def __getstate__(self) -> dict: return {**self.__dict__, "_file": None, "_pid": None}
-    def __len__(self) -> int: return len(self._rows)
+    def __getitem__(self,
+        i:int, # position in the data set
+    ) -> tuple[Float32[Tensor, "3 H W"], dict]:
+        "Image `i` in 0…1 and its target: boxes, labels, masks, image_id, area, iscrowd."
+        image, target = _read_example(self._h5, self._rows[i])
+        if self.transforms: image, target = _transform(self.transforms, image, target)
+        return tvf.to_dtype(image, torch.float32, scale=True), target
 
     def info(self,
         i:int, # position in the data set
     ) -> dict:
-        "What is known of image `i`: id, file_name, width, height, split, license and url."
-        images, row = self._h5["images"], self._rows[i]
-        return {k: images[k].asstr()[row] if dtype is _TEXT else int(images[k][row]) for k, dtype in _IMAGE.items()}
-
-    def _instances(self, row:int) -> tuple[dict, list[bytes]]:
-        "The rows of the instance table that belong to image `row`, and their run-length encodings."
-        first, last = self._h5["images/instances"][row:row + 2]
-        table = self._h5["instances"]
-        offset = table["offset"][first:last + 1]
-        rle = table["rle"][offset[0]:offset[-1]].tobytes()
-        return ({k: table[k][first:last] for k in _INSTANCE},
-                [rle[a:b] for a, b in zip(offset[:-1] - offset[0], offset[1:] - offset[0])])
-
-    def _image(self, row:int) -> Image.Image:
-        "Image `row`, decoded, of the size that the table says."
-        images = self._h5["images"]
-        start, end = images["offset"][row:row + 2]
-        where = f"{self.path}, image {images['id'][row]}"
-        image = _decode_image(images["data"][start:end].tobytes(), where)
-        size = (int(images["width"][row]), int(images["height"][row]))
-        if image.size != size: raise ValueError(f"{where}: the image is {image.size} and not {size} pixels")
-        return image
-
-    def __getitem__(self,
-        i:int, # position in the data set
-    ) -> tuple[Float[Tensor, "3 H W"], dict]:
-        "Image `i` in 0…1 and its target: boxes, labels, masks, image_id, area, iscrowd."
-        row = self._rows[i]
-        image, (columns, rles) = self._image(row), self._instances(row)
-        masks = [decode_mask(rle, image.height, image.width) for rle in rles]
-        target = dict(
-            boxes=torch.from_numpy(columns["box"]).float(), labels=torch.from_numpy(columns["label"]),
-            masks=torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, image.height, image.width, dtype=torch.uint8),
-            image_id=self.image_ids[i], area=torch.from_numpy(columns["area"]).float(),
-            iscrowd=torch.from_numpy(columns["iscrowd"]).long())
-        image = tvf.pil_to_tensor(image)
-        if self.transforms: image, target = self._transform(image, target)
-        return tvf.to_dtype(image, torch.float32, scale=True), target
-
-    def _transform(self, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
-        "Apply the transforms, and drop the objects that they leave no pixel."
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-        image, target = self.transforms(tv_tensors.Image(image), {**target, "boxes": boxes, "masks": tv_tensors.Mask(target["masks"])})
-        boxes, masks = target["boxes"].as_subclass(Tensor), target["masks"].as_subclass(Tensor)
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(1) & masks.flatten(1).any(1)
-        target = {**target, "boxes": boxes, "masks": masks, "area": masks.flatten(1).sum(1).float()}
-        return image.as_subclass(Tensor), {k: v if k == "image_id" else v[keep] for k, v in target.items()}
+        "What the file says of image `i`: id, file_name, width, height, split, license and url."
+        entry = self._h5["images"][self._rows[i]]
+        return {k: entry[k].decode() if _IMAGE[k] == _TEXT else int(entry[k]) for k in _IMAGE.names[:7]}
 
     def coco(self) -> dict:
         "The ground truth as COCO writes it: images, annotations with compressed RLE, categories."
-        images, annotations = [], []
-        for i, row in enumerate(self._rows):
-            info = self.info(i)
-            images.append({k: info[k] for k in ("id", "file_name", "width", "height")})
-            columns, rles = self._instances(row)
-            for label, (x1, y1, x2, y2), area, crowd, rle in zip(*(columns[k].tolist() for k in _INSTANCE), rles):
+        images, annotations = [self.info(i) for i in range(len(self))], []
+        for image, row in zip(images, self._rows):
+            for r, rle in zip(*_read_instances(self._h5, row)):
+                x1, y1, x2, y2 = r["box"].tolist()
                 annotations.append(dict(
-                    id=len(annotations) + 1, image_id=info["id"], category_id=label, bbox=[x1, y1, x2 - x1, y2 - y1], area=area,
-                    iscrowd=crowd, segmentation=dict(size=[info["height"], info["width"]], counts=rle.decode())))
+                    id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]), bbox=[x1, y1, x2 - x1, y2 - y1],
+                    area=float(r["area"]), iscrowd=int(r["iscrowd"]),
+                    segmentation=dict(size=[image["height"], image["width"]], counts=rle.decode())))
         return dict(images=images, annotations=annotations, categories=[dict(id=i, name=c) for i, c in enumerate(self.classes, 1)])
 
-# %% ../nbs/00_data.ipynb #aec9bc34
+# %% ../nbs/00_data.ipynb #7d3ec919
+def _transform(transforms, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
+    "Apply `transforms`, measure the areas again, and drop the objects that are left without a box or a pixel."
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
+    target = {**target, "boxes": boxes, "masks": tv_tensors.Mask(target["masks"])}
+    image, target = transforms(tv_tensors.Image(image), target)
+    boxes, masks = target["boxes"].as_subclass(Tensor), target["masks"].as_subclass(Tensor)
+    target |= dict(boxes=boxes, masks=masks, area=masks.flatten(1).sum(1).float())
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(1) & (target["area"] > 0)
+    return image.as_subclass(Tensor), {k: v if k == "image_id" else v[keep] for k, v in target.items()}
+
+# %% ../nbs/00_data.ipynb #ead3a3ba
 def collate(
     batch:list, # of (image, target)
 ) -> tuple[list, list]:
-    "A batch as two lists: images may differ in size, targets in their number of objects."
+    "A batch as a list of images, which may differ in size, and a list of targets."
     images, targets = zip(*batch)
     return list(images), list(targets)
 
-
+# %% ../nbs/00_data.ipynb #b3d0a226
 def pad_images(
     images:list,           # of [3, H, W], each of its own size
-    size_divisible:int=32, # height and width of the batch are multiples of this
+    size_divisible:int=32, # the batch's height and width are multiples of this
 ) -> tuple[Float[Tensor, "B 3 H W"], Int64[Tensor, "B 2"]]:
-    "One tensor with every image in its top left corner and zeros elsewhere, and their (height, width) before."
-    sizes = torch.tensor([list(image.shape[-2:]) for image in images])
+    "One tensor with each image in its top left corner and zeros around it, and the (height, width) they had."
+    sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisible) * size_divisible).tolist()
     batch = images[0].new_zeros(len(images), 3, height, width)
-    for image, slot in zip(images, batch): slot[:, :image.shape[-2], :image.shape[-1]] = image
+    for slot, image in zip(batch, images): slot[:, :image.shape[1], :image.shape[2]] = image
     return batch, sizes.to(batch.device)
 
-
+# %% ../nbs/00_data.ipynb #3a0a6920
 def pad_targets(
-    targets:list,     # of target dicts
-    device=None,      # where the tensors go; None: where they are
+    targets:list, # of target dicts
+    device=None,  # where the tensors go; None: where they are
 ) -> dict:
-    "Boxes [B, n, 4] and labels [B, n] of every object to train on, `valid` [B, n], and a list of masks; crowds and boxes without area are left out."
-    keeps = [(t["boxes"][:, 2:] > t["boxes"][:, :2]).all(1) & (t["iscrowd"] == 0) for t in targets]
-    def padded(key):
-        rows = pad_sequence([t[key][keep] for t, keep in zip(targets, keeps)], batch_first=True)
-        return (rows if rows.shape[1] else rows.new_zeros(len(targets), 1, *rows.shape[2:])).to(device)
-    count = torch.stack([keep.sum() for keep in keeps]).to(device)
-    boxes, labels = padded("boxes"), padded("labels")
-    masks = [t["masks"][keep].to(device) for t, keep in zip(targets, keeps)] if "masks" in targets[0] else None
-    return dict(boxes=boxes, labels=labels, valid=torch.arange(boxes.shape[1], device=boxes.device) < count[:, None], masks=masks)
+    "`boxes` [B, n, 4], `labels` [B, n], `valid` [B, n] and a list of `masks` or None; crowds and boxes without area are left out."
+    kept = []
+    for t in targets:
+        keep = (t["boxes"][:, 2:] > t["boxes"][:, :2]).all(1)
+        if "iscrowd" in t: keep &= t["iscrowd"] == 0
+        kept.append({k: t[k][keep].to(device) for k in ("boxes", "labels", "masks") if k in t})
+    n, first = max(1, *(len(t["labels"]) for t in kept)), kept[0]
+    boxes, labels = first["boxes"].new_zeros(len(kept), n, 4), first["labels"].new_zeros(len(kept), n)
+    valid = torch.zeros_like(labels, dtype=torch.bool)
+    for i, t in enumerate(kept):
+        count = len(t["labels"])
+        boxes[i, :count], labels[i, :count], valid[i, :count] = t["boxes"], t["labels"], True
+    return dict(boxes=boxes, labels=labels, valid=valid, masks=[t["masks"] for t in kept] if "masks" in first else None)
+
+# %% ../nbs/00_data.ipynb #e2818420
+def _coco_mask(segmentation:list | dict, height:int, width:int) -> UInt8[np.ndarray, "height width"]:
+    "The mask of a COCO segmentation: polygons, run lengths, or compressed run lengths."
+    if isinstance(segmentation, list):
+        polygons = [p for p in segmentation if len(p) >= 6]
+        if not polygons: return np.zeros((height, width), np.uint8)
+        if not all((np.abs(p) < 1e6).all() for p in polygons): raise ValueError("a polygon with coordinates that are not finite")
+        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+    else:
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"a mask of {segmentation['size']} (height, width) on an image of {[height, width]}")
+        rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
+    return decode_mask(rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode(), height, width)
+
+# %% ../nbs/00_data.ipynb #8127a23b
+def _resize_mask(mask:UInt8[np.ndarray, "h w"], height:int, width:int) -> UInt8[np.ndarray, "height width"]:
+    "Sample a mask at the centres of `height` × `width` pixels."
+    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip((height, width), mask.shape))
+    return mask[rows[:, None], columns]
+
+# %% ../nbs/00_data.ipynb #b669416a
+def _coco_instance(a:dict, label:int, old:tuple, new:tuple) -> dict | str:
+    "The instance of COCO annotation `a` on an image resized from `old` to `new` (width, height), or why there is none."
+    x, y, w, h = a["bbox"]
+    if w <= 0 or h <= 0: return "a box without area"
+    mask = _coco_mask(a["segmentation"], old[1], old[0])
+    if not mask.any(): return "a mask that is empty or outside of the image"
+    box, area = (x, y, x + w, y + h), a.get("area", mask.sum())
+    if new != old:
+        mask = _resize_mask(mask, new[1], new[0])
+        if not mask.any(): return "a mask that is too small for the new size"
+        box, area = _mask_box(mask), mask.sum()
+    return dict(label=label, box=box, area=float(area), iscrowd=a.get("iscrowd", 0), rle=encode_mask(mask))
+
+# %% ../nbs/00_data.ipynb #3b958e0d
+def _class_of(categories:list, groups:str | dict | None) -> dict:
+    "The class of each category that has one, by name."
+    known = {c["name"]: c.get("supercategory") for c in sorted(categories, key=lambda c: c["id"])}
+    if groups is None: return {name: name for name in known}
+    if groups == "supercategory": return known
+    class_of = {category: name for name, members in groups.items() for category in members}
+    if unknown := sorted(class_of.keys() - known.keys()): raise ValueError(f"groups names {unknown}, but the categories are {list(known)}")
+    if len(class_of) < sum(map(len, groups.values())): raise ValueError(f"groups puts a category into two classes: {groups}")
+    return class_of
+
+# %% ../nbs/00_data.ipynb #2bf5052b
+def _read_coco(path:Path) -> dict:
+    "A COCO file's contents, with its annotations also by image; a `ValueError` where they contradict each other."
+    try: coco = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
+    if missing := {"images", "annotations", "categories"} - set(coco): raise ValueError(f"{path} lacks {missing}: is it a COCO file of instances?")
+    coco["by_image"] = {image["id"]: [] for image in coco["images"]}
+    coco["names"] = {c["id"]: c["name"] for c in coco["categories"]}
+    coco["credits"] = {o["id"]: f"{o.get('name', '')} {o.get('url', '')}".strip() for o in coco.get("licenses", [])}
+    for a in coco["annotations"]:
+        for key, known in (("image_id", coco["by_image"]), ("category_id", coco["names"])):
+            if a.get(key) not in known: raise ValueError(f"{path}, annotation {a.get('id')}: {key} {a.get(key)} is not in the file")
+        coco["by_image"][a["image_id"]].append(a)
+    return coco
+
+# %% ../nbs/00_data.ipynb #cc79503a
+def _coco_photo(entry:dict, folder:Path, size:tuple | None) -> tuple[bytes, tuple, tuple]:
+    "A photo's bytes, its (width, height) as it came, and as it is in the bytes."
+    path, said = folder / entry["file_name"], (entry.get("width"), entry.get("height"))
+    where = f"{path}, image {entry['id']}"
+    if not path.is_file(): raise FileNotFoundError(f"{where}: there is no such file")
+    image = _decode_image(path.read_bytes(), where)
+    if image.size != said: raise ValueError(f"{where}: the photo has {image.size} pixels, and the annotations say {said}")
+    if size in (None, image.size): return path.read_bytes(), image.size, image.size
+    buffer = BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue(), image.size, size
+
+# %% ../nbs/00_data.ipynb #851b7133
+def _coco_examples(coco:dict, folder:Path, split:str, labels:dict, size:tuple | None, said:Counter) -> Iterator[dict]:
+    "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
+    for entry in coco["images"]:
+        (data, old, new), instances = _coco_photo(entry, folder, size), []
+        for a in coco["by_image"][entry["id"]]:
+            label = labels.get(coco["names"][a["category_id"]])
+            try: instance = _coco_instance(a, label, old, new) if label else "a category that no class takes"
+            except Exception as e: raise ValueError(f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): {type(e).__name__}: {e}") from e
+            if isinstance(instance, dict): instances.append(instance)
+            else: said[f"annotations dropped: {instance}"] += 1
+        if not instances: said["images kept that have no object"] += 1
+        yield dict(image=data, width=new[0], height=new[1], id=entry["id"], file_name=entry["file_name"], split=split, instances=instances,
+                   license=coco["credits"].get(entry.get("license"), ""), url=entry.get("flickr_url") or entry.get("coco_url") or "")
+
+# %% ../nbs/00_data.ipynb #14607df2
+def import_coco(
+    path:str | Path,               # the HDF5 file to write
+    annotations:str | Path | dict, # a COCO file of instances, or {"train": one, "val": another}
+    images:str | Path | dict,      # the folder of the photos, or {"train": folder, "val": folder}
+    groups:str | dict | None=None, # None: every category is a class; "supercategory"; or class name → list of category names
+    size:tuple | None=None,        # (width, height) to bring every photo to
+    classes:list | None=None,      # which classes to take, in the order of their labels; None: all
+    overwrite:bool=False,          # replace a file that exists
+) -> Path:
+    "Write photos with annotations in COCO's format as one HDF5 file, and say what was dropped."
+    annotations = annotations if isinstance(annotations, dict) else {"train": annotations}
+    images = images if isinstance(images, dict) else dict.fromkeys(annotations, images)
+    if set(annotations) != set(images): raise ValueError(f"annotations for {list(annotations)}, but images for {list(images)}")
+    files = {split: _read_coco(Path(file)) for split, file in annotations.items()}
+    class_of = _class_of([c for coco in files.values() for c in coco["categories"]], groups)
+    known, said = list(dict.fromkeys(class_of.values())), Counter()
+    classes = classes or known
+    if unknown := set(classes) - set(known): raise ValueError(f"classes {sorted(unknown)} are not among {known}")
+    labels = {category: classes.index(name) + 1 for category, name in class_of.items() if name in classes}
+    examples = (e for split, coco in files.items() for e in _coco_examples(coco, Path(images[split]), split, labels, size, said))
+    made_by = f"import_coco of {[Path(file).name for file in annotations.values()]}, groups {groups}, size {size}"
+    write_dataset(path, classes, examples, made_by, overwrite, sum(len(coco["images"]) for coco in files.values()))
+    for what, count in said.items(): print(f"{count} {what}")
+    return Path(path)
