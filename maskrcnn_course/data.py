@@ -4,8 +4,8 @@
 __all__ = ['FORMAT', 'VERSION', 'encode_mask', 'decode_mask', 'write_dataset', 'InstanceDataset', 'collate', 'pad_images',
            'pad_targets', 'import_coco']
 
-# %% ../nbs/00_data.ipynb #bb14f2f6
-import json, os
+# %% ../nbs/00_data.ipynb #35591b2e
+import json, os, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,11 +52,11 @@ def decode_mask(
         raise ValueError(f"the runs of a mask add up to {runs.sum()} pixels, and not to {height} × {width}")
     return np.ascontiguousarray(np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T)
 
-# %% ../nbs/00_data.ipynb #3a29f20e
+# %% ../nbs/00_data.ipynb #c3b0243a
 FORMAT, VERSION = "maskrcnn_course", 1
 _TEXT = h5py.string_dtype()
 _IMAGE = np.dtype([("id", "i8"), ("file_name", _TEXT), ("width", "i8"), ("height", "i8"), ("split", _TEXT), ("license", _TEXT),
-                   ("url", _TEXT), ("data", "i8", 2), ("instances", "i8", 2)])
+                   ("url", _TEXT), ("crc", "i8"), ("data", "i8", 2), ("instances", "i8", 2)])
 _INSTANCE = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f8", 4), ("area", "f8"), ("iscrowd", "i8"), ("rle", "i8", 2)])
 _TABLES = {"images": (_IMAGE, 2**10), "instances": (_INSTANCE, 2**10), "image_bytes": (np.uint8, 2**17), "rle_bytes": (np.uint8, 2**17)}
 
@@ -66,7 +66,7 @@ def _spans(start:int, lengths:list) -> list:
     ends = start + np.cumsum([0, *lengths])
     return list(zip(ends[:-1].tolist(), ends[1:].tolist()))
 
-# %% ../nbs/00_data.ipynb #f977daf2
+# %% ../nbs/00_data.ipynb #55dc1cd8
 def _append(f:h5py.File, examples:list) -> None:
     "Append `examples` to the tables of `f`."
     def extend(name, rows):
@@ -83,7 +83,8 @@ def _append(f:h5py.File, examples:list) -> None:
     spans = _spans(len(f["instances"]), [len(e["instances"]) for e in examples])
     extend("instances", np.array([(i, r["label"], tuple(r["box"]), r["area"], r["iscrowd"], rle)
                                   for (i, r), rle in zip(rows, rles)], _INSTANCE))
-    extend("images", np.array([(*(e.get(k, "") for k in _IMAGE.names[:7]), *where) for e, *where in zip(examples, data, spans)], _IMAGE))
+    extend("images", np.array([(*(e.get(k, "") for k in _IMAGE.names[:7]), zlib.crc32(e["image"]), *where)
+                               for e, *where in zip(examples, data, spans)], _IMAGE))
 
 # %% ../nbs/00_data.ipynb #5a09cf83
 def _check_example(example:dict, classes:list, seen:set) -> None:
@@ -153,13 +154,15 @@ def _read_instances(f:h5py.File, row:int) -> tuple[np.ndarray, list]:
     rows = f["instances"][start:end]
     return rows, [f["rle_bytes"][a:b].tobytes() for a, b in rows["rle"]]
 
-# %% ../nbs/00_data.ipynb #3e11d57b
+# %% ../nbs/00_data.ipynb #69a22628
 def _read_example(f:h5py.File, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
     "Image `row` of the open file and its target."
     entry, (rows, rles) = f["images"][row], _read_instances(f, row)
     where, (start, end) = f"{f.filename}, image {entry['id']}", entry["data"]
-    image = _decode_image(f["image_bytes"][start:end].tobytes(), where)
-    if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: {image.size} pixels, but {entry} in the table")
+    data = f["image_bytes"][start:end].tobytes()
+    if zlib.crc32(data) != entry["crc"]: raise ValueError(f"{where}: the image is damaged: its bytes have changed since they were written")
+    image = _decode_image(data, where)
+    if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: the image has {image.size} pixels, its table {entry}")
     masks = np.zeros((len(rles), image.height, image.width), np.uint8)
     try:
         for mask, rle in zip(masks, rles): mask[:] = decode_mask(rle, image.height, image.width)
@@ -317,13 +320,15 @@ def _class_of(categories:list, groups:str | dict | None) -> dict:
     if len(class_of) < sum(map(len, groups.values())): raise ValueError(f"groups puts a category into two classes: {groups}")
     return class_of
 
-# %% ../nbs/00_data.ipynb #2bf5052b
+# %% ../nbs/00_data.ipynb #0ca256e3
 def _read_coco(path:Path) -> dict:
     "A COCO file's contents, with its annotations also by image; a `ValueError` where they contradict each other."
     try: coco = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
     if missing := {"images", "annotations", "categories"} - set(coco): raise ValueError(f"{path} lacks {missing}: is it a COCO file of instances?")
     coco["by_image"] = {image["id"]: [] for image in coco["images"]}
+    if len(coco["by_image"]) < len(coco["images"]):
+        raise ValueError(f"{path}: two images have the id {Counter(i['id'] for i in coco['images']).most_common(1)[0][0]}")
     coco["names"] = {c["id"]: c["name"] for c in coco["categories"]}
     coco["credits"] = {o["id"]: f"{o.get('name', '')} {o.get('url', '')}".strip() for o in coco.get("licenses", [])}
     for a in coco["annotations"]:

@@ -101,10 +101,10 @@ def _pairs(a:Int[np.ndarray, "n"], b:Int[np.ndarray, "m"]) -> tuple:
     count = high - low
     return np.arange(len(a)).repeat(count), np.arange(count.sum()) + (high - count.cumsum()).repeat(count)
 
-# %% ../nbs/09_evaluation.ipynb #575632d3
+# %% ../nbs/09_evaluation.ipynb #2f583ca9
 def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     "Pixels in each compressed RLE; -1 for one whose runs do not fill its image exactly."
-    counts = [c if c and not c[-1] - 48 & 32 else b"0" for c in (r["counts"] for r in rles)]  # b"0" fills nothing
+    counts = [c if c and not c[-1] - 48 & 32 else b"0" for c in [r["counts"] for r in rles]]  # b"0" fills nothing
     text = np.frombuffer(b"".join(counts), np.uint8) - np.uint8(48)
     ends = (text & 32 == 0).nonzero()[0]                    # the last character of each number
     length = np.diff(ends, prepend=-1)
@@ -115,9 +115,10 @@ def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     numbers[length > 7] = -2**40                            # no run is that long
     size = np.diff(np.searchsorted(ends, np.cumsum([len(c) for c in counts])), prepend=0)  # numbers in each RLE
     first = size.cumsum() - size
-    odd = np.arange(len(numbers)) - first.repeat(size) & 1
-    sums = np.r_[0, 0, numbers, [0] * (len(numbers) % 2)].reshape(-1, 2).cumsum(0).ravel()  # of every other number
-    runs = sums[2:len(numbers) + 2] - sums[first.repeat(size) + 2 - odd]
+    start = first.repeat(size)
+    odd = np.arange(len(numbers)) - start & 1
+    sums = np.pad(numbers, (2, len(numbers) % 2)).reshape(-1, 2).cumsum(0).ravel()          # of every other number
+    runs = sums[2:len(numbers) + 2] - sums[start + 2 - odd]
     runs[first] = numbers[first]
     pixels = [math.prod(r["size"]) for r in rles]
     fills = (np.minimum.reduceat(runs, first) >= 0) & (np.add.reduceat(runs, first) == pixels)
@@ -143,7 +144,7 @@ def _each(rows:list, what:str, read:Callable) -> list:
             raise ValueError(f"{_name(what, row, i)}: {'no ' * isinstance(e, KeyError)}{e}") from None
     return values
 
-# %% ../nbs/09_evaluation.ipynb #8be6c0ef
+# %% ../nbs/09_evaluation.ipynb #d2e5913b
 def _box(row:dict) -> tuple:
     "The four numbers of its `bbox`."
     x, y, w, h = row["bbox"]
@@ -152,13 +153,13 @@ def _box(row:dict) -> tuple:
     return x, y, w, h
 
 
-def _rle(row:dict, images:dict) -> dict:
-    "Its `segmentation` as a compressed RLE."
-    segmentation, (h, w) = row["segmentation"], (images[row["image_id"]][side] for side in ("height", "width"))
-    if isinstance(segmentation, list): return coco_mask.merge(coco_mask.frPyObjects(segmentation, h, w))
-    size, counts = list(segmentation["size"]), segmentation["counts"]
-    if size != [h, w]: raise ValueError(f"a mask of {size} in an image of {[h, w]}")
-    if isinstance(counts, list): return coco_mask.frPyObjects(segmentation, h, w)
+def _rle(row:dict, sizes:dict) -> dict:
+    "Its `segmentation` as a compressed RLE; `sizes` has the height and width of every image."
+    segmentation, size = row["segmentation"], sizes[row["image_id"]]
+    if isinstance(segmentation, list): return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    counts = segmentation["counts"]
+    if list(segmentation["size"]) != size: raise ValueError(f"a mask of {segmentation['size']} in an image of {size}")
+    if isinstance(counts, list): return coco_mask.frPyObjects(segmentation, *size)
     return dict(size=size, counts=counts.encode() if isinstance(counts, str) else bytes(counts))
 
 
@@ -167,10 +168,11 @@ def _shapes(rows:list, what:str, images:dict | None=None) -> tuple:
     if images is None:
         boxes = np.array(_each(rows, what, _box), float).reshape(-1, 4)
         return boxes, boxes[:, 2] * boxes[:, 3]
-    rles = _each(rows, what, lambda row: _rle(row, images))
-    areas = np.concatenate([np.zeros(0, int), *(_rle_areas(rles[k:k + 256]) for k in range(0, len(rles), 256))])
-    for bad in (areas < 0).nonzero()[0]:
-        raise ValueError(f"{_name(what, rows[bad], bad)}: the runs of its mask do not fill its image")
+    sizes = {id: [image["height"], image["width"]] for id, image in images.items()}
+    rles = _each(rows, what, lambda row: _rle(row, sizes))
+    areas = np.concatenate([np.zeros(0, int), *(_rle_areas(rles[k:k + 128]) for k in range(0, len(rles), 128))])
+    for bad in (areas < 0).nonzero()[0].tolist():
+        raise ValueError(f"{_name(what, rows[bad], bad)}: the runs of its mask do not fill {rles[bad]['size']}")
     return rles, areas
 
 # %% ../nbs/09_evaluation.ipynb #ddf3c552
@@ -189,7 +191,7 @@ def _outside(area:Real[np.ndarray, "n"]) -> Bool[np.ndarray, "n areas"]:
     low, high = np.array([*AREAS.values()]).T
     return (area[:, None] < low) | (area[:, None] > high)
 
-# %% ../nbs/09_evaluation.ipynb #587739dd
+# %% ../nbs/09_evaluation.ipynb #827cf369
 def _objects(gt:dict, iou_type:str, images:dict, classes:dict) -> tuple:
     "The ground truth by group: groups, shapes, crowd flags, and what is ignored in each range of areas."
     group = _grouping(images, classes)
@@ -200,16 +202,11 @@ def _objects(gt:dict, iou_type:str, images:dict, classes:dict) -> tuple:
     return np.array([*map(group, rows)], int), shapes, crowd, crowd[:, None] | _outside(area)
 
 
-def _score(row:dict) -> float:
-    "Its score, a finite number."
-    if not math.isfinite(row["score"]): raise ValueError(f"a score is a finite number, not {row['score']}")
-    return row["score"]
-
-
 def _detections(results:list, iou_type:str, images:dict, classes:dict) -> tuple:
     "The results by group and then by score: groups, shapes, scores, turns, and what is outside each range of areas."
     groups = np.array(_each(results, "result", _grouping(images, classes)), int)
-    scores = np.array(_each(results, "result", _score), float)
+    scores = np.array(_each(results, "result", lambda row: float(row["score"])))
+    for i in (~np.isfinite(scores)).nonzero()[0].tolist(): raise ValueError(f"result {i}: its score is {scores[i]}")
     boxed = iou_type == "bbox" or all("bbox" in r for r in results)
     shapes, area = _shapes(results, "result", None if boxed else images)
     if boxed and iou_type == "segm": shapes, _ = _shapes(results, "result", images)
@@ -278,7 +275,7 @@ def evaluate(
     per_class = {classes[c]: _summary(ap[[k]], ar[:, [k]]) for k, c in enumerate(sorted(classes))}
     return _summary(ap, ar) | {"per_class": per_class}
 
-# %% ../nbs/09_evaluation.ipynb #4b91b463
+# %% ../nbs/09_evaluation.ipynb #44724f05
 def results_from_predictions(
     predictions:list,         # of each image: boxes [n, 4], labels [n], scores [n]; masks [n, 1, H, W] may be there
     image_ids:list,           # of each image
@@ -288,8 +285,9 @@ def results_from_predictions(
     results = []
     for prediction, image_id in zip(predictions, image_ids, strict=True):
         low, high = prediction["boxes"].split(2, -1)
-        columns = torch.cat([low, high - low], -1).tolist(), prediction["labels"].tolist(), prediction["scores"].tolist()
-        rows = [dict(image_id=image_id, category_id=label, bbox=box, score=score) for box, label, score in zip(*columns)]
+        columns = torch.cat([low, high - low], -1), prediction["labels"], prediction["scores"]
+        rows = [dict(image_id=image_id, bbox=box, category_id=label, score=score)
+                for box, label, score in zip(*(c.tolist() for c in columns))]
         if "masks" in prediction:
             masks = (prediction["masks"][:, 0] > mask_threshold).permute(1, 2, 0).cpu().numpy()
             for row, rle in zip(rows, coco_mask.encode(np.asfortranarray(masks, np.uint8))):

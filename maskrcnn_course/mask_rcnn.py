@@ -85,6 +85,11 @@ def _rois(boxes):
     images = torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device)
     return torch.cat([images[:, None, None].expand(-1, boxes.shape[1], 1), boxes], -1)
 
+# %% ../nbs/10_mask_rcnn.ipynb #a8cc137a
+def _resize(images, size, mode):
+    "Images [n, channels, height, width] in another size."
+    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
+
 # %% ../nbs/10_mask_rcnn.ipynb #7e3d2c67
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
@@ -262,11 +267,6 @@ class MaskRCNN(nn.Module):
                     detections=dict(zip(("boxes", "labels", "scores", "valid"), detections)),
                     mask_logits=mask_logits, predictions=self.postprocess(detections, mask_logits, batch))
 
-# %% ../nbs/10_mask_rcnn.ipynb #a8cc137a
-def _resize(images, size, mode):
-    "Images [n, channels, height, width] in another size."
-    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
-
 # %% ../nbs/10_mask_rcnn.ipynb #5d2c1ebd
 PRESETS = {
     "laptop": (lite0_backbone, dict(
@@ -365,7 +365,7 @@ def _settings_of(tv_model):
         sampling_ratio=roi.box_roi_pool.sampling_ratio, box_hidden=roi.box_head.fc7.out_features,
         mask_layers=tuple(layer[0].out_channels for layer in roi.mask_head))
 
-# %% ../nbs/10_mask_rcnn.ipynb #20970587
+# %% ../nbs/10_mask_rcnn.ipynb #faf641f2
 def from_torchvision(
     tv_model:nn.Module, # torchvision's MaskRCNN with the plain heads, such as maskrcnn_resnet50_fpn
 ) -> MaskRCNN:
@@ -381,9 +381,9 @@ def from_torchvision(
     theirs = tv_model.state_dict()
     names = {name: torchvision_name(name) for name in model.state_dict()}
     if differ := set(names.values()) ^ set(theirs): raise ValueError(f"weights that only one side has: {sorted(differ)}")
-    model.load_state_dict({ours: theirs[there] for ours, there in names.items()})
+    model.to(next(tv_model.parameters())).load_state_dict({ours: theirs[there] for ours, there in names.items()})
     for name, weight in model.named_parameters(): weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
-    return model.to(next(tv_model.parameters())).train(tv_model.training)
+    return model.train(tv_model.training)
 
 # %% ../nbs/10_mask_rcnn.ipynb #4c33709f
 class _TorchvisionBackbone(Backbone):
@@ -395,7 +395,7 @@ class _TorchvisionBackbone(Backbone):
 
     def forward(self, x): return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
-# %% ../nbs/10_mask_rcnn.ipynb #47e79d3c
+# %% ../nbs/10_mask_rcnn.ipynb #2f631fcb
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
@@ -412,9 +412,9 @@ def to_torchvision(
         channels, len(ratios[0]) * len(sizes[0]), depth), box_roi_pool=pool(7), box_head=head, mask_roi_pool=pool(14),
         box_predictor=torchvision.models.detection.faster_rcnn.FastRCNNPredictor(hidden, model.num_classes),
         mask_head=masks.MaskRCNNHeads(channels, layers, 1), mask_predictor=masks.MaskRCNNPredictor(layers[-1], layers[-1], model.num_classes), **s)
-    peer.load_state_dict({torchvision_name(k): v for k, v in model.state_dict().items()})
+    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({torchvision_name(k): v for k, v in model.state_dict().items()})
     for name, weight in model.named_parameters(): peer.get_parameter(torchvision_name(name)).requires_grad_(weight.requires_grad)
-    return peer.to(model.rpn_head.cls_logits.weight).train(model.training)
+    return peer.train(model.training)
 
 # %% ../nbs/10_mask_rcnn.ipynb #3e1f56fb
 MaskRCNN.from_torchvision = staticmethod(from_torchvision)

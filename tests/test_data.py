@@ -174,14 +174,11 @@ def test_damage_inside_names_file_and_image(path, tmp_path):
     with pytest.raises(ValueError, match="damaged.h5, image 107: the image is damaged"): data[7]
     assert torch.equal(data[8][0], InstanceDataset(path)[8][0])
 
-    def half(f):
-        start, end = f["images"][7]["data"]
-        f["image_bytes"][(start + end) // 2:end] = 0
-    with pytest.raises(ValueError, match="damaged.h5, image 107: the image is damaged"): damage(path, tmp_path, half)[7]
+    def one_bit(f): f["image_bytes"][f["images"][7]["data"].sum() // 2] ^= 4           # such a PNG or JPEG would still decode
+    with pytest.raises(ValueError, match="damaged.h5, image 107: the image is damaged"): damage(path, tmp_path, one_bit)[7]
 
     def runs(f):
-        start, end = f["instances"][f["images"][7]["instances"][0]]["rle"]
-        f["rle_bytes"][end - 1:end] = ord("1")
+        f["rle_bytes"][f["instances"][f["images"][7]["instances"][0]]["rle"][0]] ^= 1
     with pytest.raises(ValueError, match="damaged.h5, image 107: the runs of a mask add up to .*, and not to 41 × 60"):
         damage(path, tmp_path, runs)[7]
 
@@ -213,7 +210,7 @@ def test_workers_read_what_the_parent_reads(path, context):
     if context not in torch.multiprocessing.get_all_start_methods(): pytest.skip(f"this system cannot {context}")
     train, val = InstanceDataset(path, "train"), InstanceDataset(path, "val")
     want = {id(data): digests(data) for data in (train, val)}
-    for data in (train, val):
+    for data in (train, val)[context == "spawn":]:                                    # spawning takes seconds
         loader = DataLoader(data, batch_size=4, collate_fn=collate, num_workers=2, multiprocessing_context=context)
         got = []
         for i, (images, targets) in enumerate(loader):
@@ -461,7 +458,7 @@ def test_import_file_faults(folder, tmp_path):
     (tmp_path / "list.json").write_text('{"images": [], "categories": []}')
     with pytest.raises(ValueError, match="list.json lacks {'annotations'}"): import_coco(out, tmp_path / "list.json", tmp_path)
     folder.coco["images"][1]["id"] = 1
-    folder.fails("another image has the same id")
+    folder.fails("a.json: two images have the id 1")
     folder.coco["images"][1]["id"] = 2
     folder.run()
     with pytest.raises(FileExistsError, match="out.h5 exists"): folder.run()
@@ -488,7 +485,7 @@ def test_import_any_colour_mode_becomes_rgb(folder, mode, kind, size):
     (folder.root / "1.png").write_bytes(encoded(photo, kind))
     image, _ = folder.run(size=size)[0]
     assert image.shape == ((3, 30, 40) if size is None else (3, 15, 20))
-    if mode != "1": assert (image - 128 / 255).abs().max() < 0.03
+    assert (image - 128 / 255).abs().max() < {"P": 0.11, "1": 1}.get(mode, 0.03)      # a palette and black-and-white are dithered
 
 
 def test_import_does_not_rotate_by_exif(folder):
