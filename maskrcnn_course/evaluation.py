@@ -124,15 +124,15 @@ def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     fills = (np.minimum.reduceat(runs, first) >= 0) & (np.add.reduceat(runs, first) == pixels)
     return np.where(fills, np.add.reduceat(runs * odd, first), -1)
 
-# %% ../nbs/09_evaluation.ipynb #19b3c1ca
+# %% ../nbs/09_evaluation.ipynb #936e6bb6
 def _read(source:dict | list | str | os.PathLike) -> dict | list:
     "The content of a JSON file, or `source` itself where it is no path."
     return json.loads(Path(source).read_text()) if isinstance(source, (str, os.PathLike)) else source
 
 
 def _name(what:str, row:dict, i:int) -> str:
-    "What an error calls a row: annotations by their id, results by their place."
-    return f"{what} {row['id'] if what == 'annotation' and 'id' in row else i}"
+    "What an error calls a row: results by their place, all else by its id."
+    return f"{what} {i if what == 'result' else row.get('id', i)}"
 
 
 def _each(rows:list, what:str, read:Callable) -> list:
@@ -144,7 +144,7 @@ def _each(rows:list, what:str, read:Callable) -> list:
             raise ValueError(f"{_name(what, row, i)}: {'no ' * isinstance(e, KeyError)}{e}") from None
     return values
 
-# %% ../nbs/09_evaluation.ipynb #d2e5913b
+# %% ../nbs/09_evaluation.ipynb #abb26c30
 def _box(row:dict) -> tuple:
     "The four numbers of its `bbox`."
     x, y, w, h = row["bbox"]
@@ -168,7 +168,7 @@ def _shapes(rows:list, what:str, images:dict | None=None) -> tuple:
     if images is None:
         boxes = np.array(_each(rows, what, _box), float).reshape(-1, 4)
         return boxes, boxes[:, 2] * boxes[:, 3]
-    sizes = {id: [image["height"], image["width"]] for id, image in images.items()}
+    sizes = dict(zip(images, _each([*images.values()], "image", lambda image: [image["height"], image["width"]])))
     rles = _each(rows, what, lambda row: _rle(row, sizes))
     areas = np.concatenate([np.zeros(0, int), *(_rle_areas(rles[k:k + 128]) for k in range(0, len(rles), 128))])
     for bad in (areas < 0).nonzero()[0].tolist():

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'NEEDS', 'RECIPES', 'Stage', 'frozen_results', 'thaw', 'augmentation', 'mean_losses', 'train_stage',
-           'evaluate_model', 'stages_to_run', 'train', 'plot_history']
+           'plot_history', 'evaluate_model', 'stages_to_run', 'train']
 
 # %% ../nbs/11_training.ipynb #504e8d73
 import json
@@ -88,10 +88,12 @@ def thaw(kept:tuple, like:Tensor) -> tuple:
     features, proposals, batch = kept
     return [f.to(like.dtype) for f in features], proposals, batch
 
-# %% ../nbs/11_training.ipynb #9bc67b5d
-def augmentation() -> v2.Transform:
-    "Mirror half of the photos, and vary brightness, contrast, saturation and hue."
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort(brightness=(0.8, 1.2), contrast=(0.8, 1.2))])
+# %% ../nbs/11_training.ipynb #96e1a772
+def augmentation(
+    mirrored:float=0.5, # share of the images that are mirrored
+) -> v2.Transform:
+    "Mirror images, and vary brightness, contrast, saturation and hue."
+    return v2.Compose([v2.RandomHorizontalFlip(mirrored), v2.RandomPhotometricDistort(brightness=(0.8, 1.2), contrast=(0.8, 1.2))])
 
 # %% ../nbs/11_training.ipynb #c7d422d9
 @torch.no_grad()
@@ -109,7 +111,7 @@ def mean_losses(
 # %% ../nbs/11_training.ipynb #8eaf4c55
 def _device(module): return next(module.parameters()).device
 
-# %% ../nbs/11_training.ipynb #aae80f11
+# %% ../nbs/11_training.ipynb #ccb4112c
 def train_stage(
     model:MaskRCNN,
     name:str,                  # "rpn", "box", "mask" or "joint"
@@ -132,9 +134,10 @@ def train_stage(
     def loader(split, transforms=None):
         return DataLoader(InstanceDataset(data, split, transforms), batch_size, shuffle=split == "train", num_workers=workers,
                           collate_fn=collate, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed))
-    train_batches, val_batches = loader("train", None if frozen else augmentation()), loader("val")
-    if frozen:
-        train_batches, val_batches = (frozen_results(model, l, f"{name}: frozen stages, once") for l in (train_batches, val_batches))
+    train_batches, val_batches = loader("train", augmentation()), loader("val")
+    if frozen:  # every training image as it is and mirrored
+        train_batches = [kept for mirrored in (0.0, 1.0) for kept in frozen_results(model, loader("train", augmentation(mirrored)), f"{name}: frozen stages")]
+        val_batches = frozen_results(model, val_batches, f"{name}: frozen stages")
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
     optimizer = torch.optim.AdamW([dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)], weight_decay=1e-4)
@@ -158,6 +161,22 @@ def train_stage(
                                 train={k: v / len(train_batches) for k, v in sums.items()}))
             if on_epoch: on_epoch(history)
     return history
+
+# %% ../nbs/11_training.ipynb #f1fe97b9
+def plot_history(
+    history:list, # a dict per epoch, as `train` returns it
+) -> plt.Figure:
+    "Every loss over the epochs: training solid, validation dashed."
+    names = list(dict.fromkeys((h["stage"], loss) for h in history for loss in h["train"]))
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False, layout="constrained")
+    for ax, (stage, loss) in zip(axes[0], names):
+        rows = [h for h in history if h["stage"] == stage]
+        for part, style in (("train", "-"), ("val", "--")):
+            ax.plot([h["epoch"] for h in rows], [h[part][loss] for h in rows], style, marker=".", color="#1f77b4", label=part)
+        ax.set(title=f"{stage}: {loss.removeprefix('loss_')}", xlabel="epoch", ylim=(0, None))
+    axes[0, 0].legend(frameon=False)
+    plt.close(figure)
+    return figure
 
 # %% ../nbs/11_training.ipynb #d32c106f
 @torch.no_grad()
@@ -201,6 +220,24 @@ def stages_to_run(
         if name not in order: order.append(name)
     for name in stages: add(name)
     return order
+
+# %% ../nbs/11_training.ipynb #0128493d
+def _start(name, out, preset, num_classes, pretrained, seed):
+    "The model that a stage begins with: what the stage before left, or a new one."
+    if NEEDS[name]:
+        model, classes, _ = load_model(out / f"{NEEDS[name]}.safetensors")
+        if model.preset != preset or model.num_classes != num_classes:
+            raise ValueError(f"{out} holds a {model.preset!r} model of {len(classes)} classes; choose another folder")
+        return model
+    torch.manual_seed(seed)
+    return mask_rcnn(preset, num_classes, pretrained)
+
+# %% ../nbs/11_training.ipynb #a6113a6a
+def _write_json(path, value):
+    "Replace a JSON file in one step."
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1))
+    os.replace(part, path)
 
 # %% ../nbs/11_training.ipynb #18bf44eb
 def train(
@@ -246,37 +283,3 @@ def train(
         save_model(model, out / f"{name}.safetensors", dataset.classes, name)
         save_model(model, out / "model.safetensors", dataset.classes, name)
     return history
-
-# %% ../nbs/11_training.ipynb #0128493d
-def _start(name, out, preset, num_classes, pretrained, seed):
-    "The model that a stage begins with: what the stage before left, or a new one."
-    if NEEDS[name]:
-        model, classes, _ = load_model(out / f"{NEEDS[name]}.safetensors")
-        if model.preset != preset or model.num_classes != num_classes:
-            raise ValueError(f"{out} holds a {model.preset!r} model of {len(classes)} classes; choose another folder")
-        return model
-    torch.manual_seed(seed)
-    return mask_rcnn(preset, num_classes, pretrained)
-
-# %% ../nbs/11_training.ipynb #a6113a6a
-def _write_json(path, value):
-    "Replace a JSON file in one step."
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
-
-# %% ../nbs/11_training.ipynb #f1fe97b9
-def plot_history(
-    history:list, # a dict per epoch, as `train` returns it
-) -> plt.Figure:
-    "Every loss over the epochs: training solid, validation dashed."
-    names = list(dict.fromkeys((h["stage"], loss) for h in history for loss in h["train"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False, layout="constrained")
-    for ax, (stage, loss) in zip(axes[0], names):
-        rows = [h for h in history if h["stage"] == stage]
-        for part, style in (("train", "-"), ("val", "--")):
-            ax.plot([h["epoch"] for h in rows], [h[part][loss] for h in rows], style, marker=".", color="#1f77b4", label=part)
-        ax.set(title=f"{stage}: {loss.removeprefix('loss_')}", xlabel="epoch", ylim=(0, None))
-    axes[0, 0].legend(frameon=False)
-    plt.close(figure)
-    return figure
