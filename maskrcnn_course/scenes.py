@@ -152,7 +152,7 @@ def lay(
     if top < bottom and left < right: canvas[top:bottom, left:right] = piece[top - y:bottom - y, left - x:right - x]
     return canvas
 
-# %% ../nbs/01_scenes.ipynb #df7ec651
+# %% ../nbs/01_scenes.ipynb #19ece9f0
 def place(
     rng:np.random.Generator,
     piece:Float32[np.ndarray, "h w 4"],
@@ -167,7 +167,7 @@ def place(
         layer = lay(piece, int(rng.uniform(-.25 * w, shape[1] - .75 * w)), y, shape)
         mask = layer[..., 3] >= .5
         visible = [m & ~mask for m in masks] + [mask]
-        if all(m.sum() >= max(20, .25 * area) for m, area in zip(visible, areas)): return layer, visible
+        if all(m.sum() >= max(20, .4 * area) for m, area in zip(visible, areas)): return layer, visible
 
 # %% ../nbs/01_scenes.ipynb #060f33ca
 def shade(
@@ -320,7 +320,7 @@ def background(
     painter = list(BACKGROUNDS)[int(rng.choice(len(BACKGROUNDS), p=list(BACKGROUNDS.values())))]
     return *painter(rng, y, x), OUTDOORS if painter in (_field, _sea, _street) else THINGS
 
-# %% ../nbs/01_scenes.ipynb #d0318d0c
+# %% ../nbs/01_scenes.ipynb #21315db7
 def plan(
     rng:np.random.Generator,
     n:int,                # instances
@@ -333,7 +333,7 @@ def plan(
     things, largest = [], min(shape) * min(.95, 1.5 / n**.5)
     for label in [*rng.integers(1, 4, n).tolist(), *[0] * int(rng.integers(4))]:
         kind, emoji = _pick(rng, [*kinds[CLASSES[label - 1]].items()]) if label else ("", clutter)
-        length = 12 * (largest / 12)**(rng.random()**.6) * (1 if label else .6)
+        length = 12 * (largest / 12)**(rng.random()**.45) * (1 if label else .6)
         angle, foot = rng.uniform(-30, 30), rng.uniform(.1, 1) + .4 * length / shape[0]
         if horizon is not None and kind not in FLYING:
             near = .05 + .65 * length / largest + rng.uniform(-.1, .4)

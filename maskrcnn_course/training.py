@@ -31,9 +31,9 @@ STAGES = {  # which parts of the model each stage trains
 }
 NEEDS = {"rpn": None, "box": "rpn", "mask": "box", "joint": None}  # the stage that must come first
 
-# %% ../nbs/11_training.ipynb #de1132a6
+# %% ../nbs/11_training.ipynb #27f90452
 RECIPES = {  # epochs of each stage, images per step, learning rate of new layers, and its share for the pretrained body
-    "laptop": dict(epochs=dict(rpn=5, box=8, mask=6, joint=6), batch_size=8, lr=1e-3, body_lr=0.2),
+    "laptop": dict(epochs=dict(rpn=4, box=10, mask=3, joint=8), batch_size=8, lr=1e-3, body_lr=0.1),
     "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), batch_size=16, lr=2e-4, body_lr=0.2),
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), batch_size=4, lr=1e-3, body_lr=1.0),
 }
@@ -65,20 +65,21 @@ class Stage(nn.Module):
         losses = model.box_losses if self.name == "box" else model.mask_losses
         return losses(features, samples, batch)
 
-# %% ../nbs/11_training.ipynb #7e1a8f33
+# %% ../nbs/11_training.ipynb #ddc10cf6
 @torch.no_grad()
 def frozen_results(
     model:MaskRCNN,    # with a trained RPN
     loader:DataLoader, # of (images, targets)
-    desc:str,          # for the progress bar
+    masks:bool,        # whether the stage to come needs the ground truth's masks
 ) -> list:             # (features in half precision, proposals, batch) of every batch of the loader
     "What the frozen stages say of every image. It will not change, so it is computed once."
     kept = []
-    for images, targets in tqdm(loader, desc, leave=False, disable=None):
+    for images, targets in tqdm(loader, "frozen stages", leave=False, disable=None):
         batch = model.prepare(images, targets)
         features = model.backbone(batch.images)
         proposals = model.propose(model.run_rpn(features, batch), batch, train=True)
         shape = batch.images[:1, :1, :1, :1].clone().expand(batch.images.shape)  # the heads ask only for its size
+        if not masks: batch.targets["masks"] = batch.targets["masks"][:0].clone()
         kept.append(([f.half() for f in features], proposals, batch._replace(images=shape)))
     return kept
 
@@ -111,7 +112,7 @@ def mean_losses(
 # %% ../nbs/11_training.ipynb #8eaf4c55
 def _device(module): return next(module.parameters()).device
 
-# %% ../nbs/11_training.ipynb #ccb4112c
+# %% ../nbs/11_training.ipynb #6d86257c
 def train_stage(
     model:MaskRCNN,
     name:str,                  # "rpn", "box", "mask" or "joint"
@@ -136,8 +137,8 @@ def train_stage(
                           collate_fn=collate, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed))
     train_batches, val_batches = loader("train", augmentation()), loader("val")
     if frozen:  # every training image as it is and mirrored
-        train_batches = [kept for mirrored in (0.0, 1.0) for kept in frozen_results(model, loader("train", augmentation(mirrored)), f"{name}: frozen stages")]
-        val_batches = frozen_results(model, val_batches, f"{name}: frozen stages")
+        train_batches = [kept for mirrored in (0.0, 1.0) for kept in frozen_results(model, loader("train", augmentation(mirrored)), name == "mask")]
+        val_batches = frozen_results(model, val_batches, name == "mask")
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
     optimizer = torch.optim.AdamW([dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)], weight_decay=1e-4)
