@@ -30,14 +30,14 @@ def box_iou(
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - overlap
     return overlap / union.clamp(min=torch.finfo(a.dtype).tiny)
 
-# %% ../nbs/02_boxes.ipynb #9bad6c73
+# %% ../nbs/02_boxes.ipynb #e0826cfb
 def clip_boxes(
     boxes:Float[Tensor, "*batch n 4"], # x1 y1 x2 y2 in pixels
     sizes:Int[Tensor, "*batch 2"],     # height and width of each image
 ) -> Float[Tensor, "*batch n 4"]:
     "Cut the boxes off at the edges of their image."
-    limits = sizes.flip(-1).repeat_interleave(2, -1).view(*sizes.shape[:-1], 2, 2).transpose(-1, -2).flatten(-2)
-    return torch.minimum(boxes.clamp(min=0), limits[..., None, :].to(boxes))
+    width_height = sizes.flip(-1).tile(2)    # twice: for x1 y1 and for x2 y2
+    return torch.minimum(boxes.clamp(min=0), width_height[..., None, :].to(boxes))
 
 # %% ../nbs/02_boxes.ipynb #c7dec988
 def large_enough(
@@ -47,12 +47,17 @@ def large_enough(
     "True for boxes with both sides at least `min_size`."
     return (boxes[..., 2:] - boxes[..., :2] >= min_size).all(-1)
 
-# %% ../nbs/02_boxes.ipynb #ef338714
+# %% ../nbs/02_boxes.ipynb #ea5b5e4b
 def _center_size(boxes):
+    "Centre and size, [..., 2] each."
     size = boxes[..., 2:] - boxes[..., :2]
     return boxes[..., :2] + 0.5 * size, size
 
-# %% ../nbs/02_boxes.ipynb #cbb2fbcd
+def _by_column(operation, deltas, weights):
+    "`operation` of each of the four columns with its weight: plain numbers, which no device has to wait for."
+    return torch.stack([operation(d, w) for d, w in zip(deltas.unbind(-1), weights)], -1)
+
+# %% ../nbs/02_boxes.ipynb #c63d820d
 def encode_boxes(
     boxes:Float[Tensor, "*batch n 4"],   # where the anchors should go
     anchors:Float[Tensor, "*batch n 4"], # where they are
@@ -61,19 +66,19 @@ def encode_boxes(
     "Deltas that move `anchors` onto `boxes` (R-CNN, appendix C)."
     (center, size), (anchor_center, anchor_size) = _center_size(boxes), _center_size(anchors)
     deltas = torch.cat([(center - anchor_center) / anchor_size, torch.log(size / anchor_size)], -1)
-    return deltas * deltas.new_tensor(weights)
+    return _by_column(torch.mul, deltas, weights)
 
 # %% ../nbs/02_boxes.ipynb #02511706
 MAX_LOG_SCALE = math.log(1000 / 16)  # no step grows a box more than this; exp would overflow early in training
 
-# %% ../nbs/02_boxes.ipynb #60386b0f
+# %% ../nbs/02_boxes.ipynb #e0d727f1
 def decode_boxes(
     deltas:Float[Tensor, "*batch n 4"],  # dx dy dw dh
     anchors:Float[Tensor, "*batch n 4"], # x1 y1 x2 y2 in pixels
     weights:tuple=(1., 1., 1., 1.),      # those that the deltas were encoded with
 ) -> Float[Tensor, "*batch n 4"]:
-    "Apply `deltas` to `anchors`: the inverse of `encode_boxes`."
-    deltas = deltas / deltas.new_tensor(weights)
+    "Apply `deltas` to `anchors`, in the anchors' number format: the inverse of `encode_boxes`."
+    deltas = _by_column(torch.div, deltas.to(anchors), weights)
     center, size = _center_size(anchors)
     center = deltas[..., :2] * size + center
     half = 0.5 * torch.exp(deltas[..., 2:].clamp(max=MAX_LOG_SCALE)) * size
@@ -100,7 +105,17 @@ def batched_nms(
     low, high = boxes.min(), boxes.max()
     return nms(boxes + (groups * (high - low + 1))[:, None], scores, iou_threshold)
 
-# %% ../nbs/02_boxes.ipynb #b2d5a452
+# %% ../nbs/02_boxes.ipynb #075606bb
+def _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold):
+    "One call for the batch: every image is a row of places, every group a column, and padding has the first."
+    images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(groups)
+    place = torch.stack([torch.where(valid, groups + 1, 0), images], -1).tile(2)
+    apart = boxes + place * (boxes.max() - boxes.min() + 1)
+    keep = torch.zeros_like(valid)
+    keep.view(-1)[nms(apart.flatten(0, 1), scores.flatten(), iou_threshold)] = True
+    return keep & valid
+
+# %% ../nbs/02_boxes.ipynb #e0f7d8d0
 def nms_mask(
     boxes:Float[Tensor, "batch n 4"], # x1 y1 x2 y2 in pixels
     scores:Float[Tensor, "batch n"],  # the higher, the earlier a box is kept
@@ -109,33 +124,30 @@ def nms_mask(
     iou_threshold:float,              # a box that overlaps a kept one of its image and group by more than this goes
 ) -> Bool[Tensor, "batch n"]:
     "`batched_nms` of every image of a batch, as a mask of fixed shape."
-    images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(groups)
+    if boxes.numel() == 0: return valid
+    if boxes.is_cuda: return _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold)
     keep = torch.zeros_like(valid)
-    if boxes.is_cuda:  # one call for the batch; padding gets a group of its own
-        groups = torch.where(valid, groups + 1, 0) * len(boxes) + images
-        keep.view(-1)[batched_nms(boxes.flatten(0, 1), scores.flatten(), groups.flatten(), iou_threshold)] = True
-        return keep & valid
     for k, b, s, g, v in zip(keep, boxes, scores, groups, valid):  # the CPU's kernel compares all pairs: fewer at a time
         i = v.nonzero()[:, 0]
         k[i[batched_nms(b[i], s[i], g[i], iou_threshold)]] = True
     return keep
 
-# %% ../nbs/02_boxes.ipynb #887823a4
+# %% ../nbs/02_boxes.ipynb #e49e6c34
 def apply_to_valid(
     function,                      # takes tensors [k, ...] and returns one, or a tuple of them
     valid:Bool[Tensor, "batch n"], # which entries are real
     *tensors:Tensor,               # each [batch, n, ...]
 ) -> Tensor|tuple:
-    "`function` of every entry, [batch, n, ...]. On the CPU, where asking costs nothing, of the real ones alone, zeros elsewhere."
-    if valid.is_cuda:
-        out, back = function(*(t.flatten(0, 1) for t in tensors)), lambda o: o.unflatten(0, valid.shape)
-    else:
-        out, back = function(*(t[valid] for t in tensors)), lambda o: o.new_zeros(*valid.shape, *o.shape[1:]).index_put((valid,), o)
+    "`function` of every entry; on the CPU, where asking costs nothing, of the real ones alone, and zeros elsewhere."
+    def back(out):
+        if valid.is_cuda: return out.unflatten(0, valid.shape)
+        return out.new_zeros(*valid.shape, *out.shape[1:]).index_put((valid,), out)
+    out = function(*(t.flatten(0, 1) if valid.is_cuda else t[valid] for t in tensors))
     return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
 
-# %% ../nbs/02_boxes.ipynb #4b911d13
+# %% ../nbs/02_boxes.ipynb #3c3d4a8b
 def gather_boxes(
-    values:Tensor,               # [batch, n, ...]
+    values:Tensor,                # [batch, n, ...]
     index:Int[Tensor, "batch k"], # which of the n, for each image
 ) -> Tensor:
     "`values[b, index[b]]` for every image of a batch."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .roi_align import roi_align
 from .rpn import masked_mean
 
-# %% ../nbs/08_mask_head.ipynb #658f266f
+# %% ../nbs/08_mask_head.ipynb #c37617ca
 class MaskHead(nn.Module):
     "A small fully convolutional network on each RoI: one mask per class, twice as fine as the RoI's bins (Mask R-CNN, figure 4)."
     def __init__(self,
@@ -31,6 +31,7 @@ class MaskHead(nn.Module):
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
                 if m.bias is not None: nn.init.zeros_(m.bias)
+        nn.init.normal_(self.mask_fcn_logits.weight, std=1e-3)  # a fresh head answers one half everywhere
 
     def forward(self,
         roi_features:Float[Tensor, "k c bins bins"], # from RoIAlign
@@ -60,16 +61,16 @@ def mask_loss(
     logits = mask_logits.take_along_dim(labels[:, None, None, None], 1)[:, 0]
     return masked_mean(F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2)), valid)
 
-# %% ../nbs/08_mask_head.ipynb #d28587c9
+# %% ../nbs/08_mask_head.ipynb #7d7fd911
 def _axis_weights(low, high, pixels, cells):
     "[n, pixels, cells]: how much of each cell every pixel of a line takes when the cells are stretched from `low` to `high`."
-    pixel, cell = torch.arange(pixels, device=low.device), torch.arange(cells, device=low.device)
+    pixel, cell = (torch.arange(n, dtype=low.dtype, device=low.device) for n in (pixels, cells))
     length = (high - low + 1).clamp(min=1)[:, None]
     at = ((pixel - low[:, None] + 0.5) * (cells / length) - 0.5).clamp(0, cells - 1)
     inside = (pixel >= low[:, None]) & (pixel < low[:, None] + length)
     return (1 - (at[..., None] - cell).abs()).clamp(min=0) * inside[..., None]
 
-# %% ../nbs/08_mask_head.ipynb #5972bae0
+# %% ../nbs/08_mask_head.ipynb #ce6b78ab
 def paste_masks(
     masks:Float[Tensor, "n m m"],  # probabilities, each over its box
     boxes:Float[Tensor, "n 4"],    # x1 y1 x2 y2 in pixels
@@ -78,6 +79,6 @@ def paste_masks(
     "Stretch every mask over its box in an image of zeros, all in two matrix products (Mask R-CNN, section 3.1)."
     m = masks.shape[-1] + 2  # a rim of zeros lets the mask fade out at the box's edge
     center, half = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (m / (m - 2))
-    (x1, y1), (x2, y2) = (center - half).long().unbind(1), (center + half).long().unbind(1)
-    rows, columns = _axis_weights(y1, y2, size[0], m).to(masks), _axis_weights(x1, x2, size[1], m).to(masks)
+    (x1, y1), (x2, y2) = (center - half).trunc().unbind(1), (center + half).trunc().unbind(1)
+    rows, columns = _axis_weights(y1, y2, size[0], m), _axis_weights(x1, x2, size[1], m)
     return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.mT

@@ -3,7 +3,8 @@
 # %% auto #0
 __all__ = ['roi_align', 'roi_levels', 'multiscale_roi_align']
 
-# %% ../nbs/06_roi_align.ipynb #3769b37a
+# %% ../nbs/06_roi_align.ipynb #57317f00
+import math
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -11,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from .boxes import box_area
 
-# %% ../nbs/06_roi_align.ipynb #0a29b3d7
+# %% ../nbs/06_roi_align.ipynb #679e1413
 def roi_align(
     features:Float[Tensor, "batch c h w"], # one feature map per image
     boxes:Tensor|list,                     # [K, 5] with the image's index first, or one [n, 4] per image; pixels
     output_size:int|tuple,                 # bins per side, or (rows, columns)
     spatial_scale:float=1.0,               # cells of the map per pixel of the image
     sampling_ratio:int=-1,                 # samples per side of a bin; -1: as many as cells lie in it
-    aligned:bool=False,                    # true: cell centres at half coordinates, as they should be; false: as first published
+    aligned:bool=False,                    # true: cells' centres at half coordinates; false: as first published
 ) -> Float[Tensor, "k c rows columns"]:
     "Every box's part of the map in a fixed number of bins, each the mean of bilinear samples (Mask R-CNN, section 3)."
     return torchvision.ops.roi_align(features, boxes, output_size, spatial_scale, sampling_ratio, aligned)
@@ -48,9 +49,27 @@ def _axis_samples(start, length, bins, ratio, cells):
     cell, weight = torch.stack([low, high], -1), torch.stack([1 - part, part], -1) * inside[..., None] / ratio
     return cell.view(-1, bins, 2 * ratio), weight.view(-1, bins, 2 * ratio)
 
-# %% ../nbs/06_roi_align.ipynb #3fa31941
+# %% ../nbs/06_roi_align.ipynb #21fb25ea
+def _bin_cells(
+    rois:Float[Tensor, "k 5"],  # image index, x1 y1 x2 y2 in pixels
+    levels:Int[Tensor, "k 4"],  # of each box's level: rows, columns, stride, and where it begins in the table
+    bins:int,                   # per side
+    ratio:int,                  # samples per side of a bin
+) -> tuple:                     # both [k * bins * bins, 4 * ratio * ratio]
+    "The table's rows that each bin is a weighted sum of, and their weights."
+    rows, columns, stride, first = levels.unbind(1)
+    boxes = rois[:, 1:] / stride[:, None]
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).unbind(1)
+    y, wy = _axis_samples(boxes[:, 1], height, bins, ratio, rows)
+    x, wx = _axis_samples(boxes[:, 0], width, bins, ratio, columns)
+    y = (first + rois[:, 0].long() * rows * columns)[:, None, None] + y * columns[:, None, None]
+    cells = y[:, :, None, :, None] + x[:, None, :, None, :]
+    weights = wy[:, :, None, :, None] * wx[:, None, :, None, :]
+    return cells.flatten(0, 2).flatten(1), weights.flatten(0, 2).flatten(1)
+
+# %% ../nbs/06_roi_align.ipynb #c7268cf4
 def multiscale_roi_align(
-    features:list,                # one map [batch, channels, rows, columns] per level, finest first, strides powers of 2
+    features:list,                # a map [batch, channels, rows, columns] per level, finest first, strides powers of 2
     rois:Float[Tensor, "k 5"],    # image index, x1 y1 x2 y2 in pixels
     output_size:int,              # bins per side
     image_size:tuple,             # height and width of the padded batch, in pixels
@@ -59,21 +78,14 @@ def multiscale_roi_align(
     canonical_level:int=4,        # ... belongs to this level
 ) -> Float[Tensor, "k c bins bins"]:
     "RoIAlign of every box on the level that serves it, all levels at once: a weighted sum of rows of one table."
-    strides = [2 ** round(torch.tensor(image_size[0] / f.shape[-2]).log2().item()) for f in features]
-    batch, c = features[0].shape[:2]
-    table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, c) for f in features])
-    shapes = torch.tensor([[*f.shape[-2:], s] for f, s in zip(features, strides)])
-    first = F.pad((batch * shapes[:, 0] * shapes[:, 1]).cumsum(0), (1, 0))[:-1]
-    shapes, first = shapes.to(rois.device, non_blocking=True), first.to(rois.device, non_blocking=True)
-    boxes = rois[:, 1:]
-    level = roi_levels(boxes, strides[0].bit_length() - 1, strides[-1].bit_length() - 1, canonical_scale, canonical_level)
-    rows, columns, stride = shapes[level].unbind(1)
-    boxes = boxes / stride[:, None]
-    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1).unbind(1)
-    y, wy = _axis_samples(boxes[:, 1], height, output_size, sampling_ratio, rows)
-    x, wx = _axis_samples(boxes[:, 0], width, output_size, sampling_ratio, columns)
-    y = (first[level] + rois[:, 0].long() * rows * columns)[:, None, None] + y * columns[:, None, None]
-    cells = y[:, :, None, :, None] + x[:, None, :, None, :]
-    weights = wy[:, :, None, :, None] * wx[:, None, :, None, :]
-    bins = F.embedding_bag(cells.flatten(0, 2).flatten(1), table, mode="sum", per_sample_weights=weights.flatten(0, 2).flatten(1).to(table))
-    return bins.view(-1, output_size, output_size, c).permute(0, 3, 1, 2)
+    powers = [round(math.log2(image_size[0] / f.shape[-2])) for f in features]
+    level = roi_levels(rois[:, 1:], powers[0], powers[-1], canonical_scale, canonical_level)
+    table = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
+    levels, first = [], 0
+    for f, k in zip(features, powers):
+        levels.append([*f.shape[-2:], 2 ** k, first])
+        first += f[:, 0].numel()
+    levels = torch.tensor(levels).to(rois.device, non_blocking=True)
+    cells, weights = _bin_cells(rois, levels[level], output_size, sampling_ratio)
+    bins = F.embedding_bag(cells, table, mode="sum", per_sample_weights=weights.to(table))
+    return bins.view(-1, output_size, output_size, table.shape[1]).permute(0, 3, 1, 2)

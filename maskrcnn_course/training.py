@@ -31,9 +31,9 @@ STAGES = {  # which parts of the model each stage trains
 }
 NEEDS = {"rpn": None, "box": "rpn", "mask": "box", "joint": None}  # the stage that must come first
 
-# %% ../nbs/11_training.ipynb #27f90452
+# %% ../nbs/11_training.ipynb #35a29a75
 RECIPES = {  # epochs of each stage, images per step, learning rate of new layers, and its share for the pretrained body
-    "laptop": dict(epochs=dict(rpn=4, box=10, mask=3, joint=8), batch_size=8, lr=1e-3, body_lr=0.1),
+    "laptop": dict(epochs=dict(rpn=4, box=10, mask=5, joint=8), batch_size=8, lr=1e-3, body_lr=0.1),
     "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), batch_size=16, lr=2e-4, body_lr=0.2),
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), batch_size=4, lr=1e-3, body_lr=1.0),
 }
@@ -112,7 +112,7 @@ def mean_losses(
 # %% ../nbs/11_training.ipynb #8eaf4c55
 def _device(module): return next(module.parameters()).device
 
-# %% ../nbs/11_training.ipynb #6d86257c
+# %% ../nbs/11_training.ipynb #2eba4e66
 def train_stage(
     model:MaskRCNN,
     name:str,                  # "rpn", "box", "mask" or "joint"
@@ -136,8 +136,8 @@ def train_stage(
         return DataLoader(InstanceDataset(data, split, transforms), batch_size, shuffle=split == "train", num_workers=workers,
                           collate_fn=collate, persistent_workers=workers > 0, generator=torch.Generator().manual_seed(seed))
     train_batches, val_batches = loader("train", augmentation()), loader("val")
-    if frozen:  # every training image as it is and mirrored
-        train_batches = [kept for mirrored in (0.0, 1.0) for kept in frozen_results(model, loader("train", augmentation(mirrored)), name == "mask")]
+    if frozen:  # the box stage sees every image as it is and mirrored; masks take much memory, and each image once is enough for them
+        train_batches = [kept for mirrored in ((0.0, 1.0) if name == "box" else (0.5,)) for kept in frozen_results(model, loader("train", augmentation(mirrored)), name == "mask")]
         val_batches = frozen_results(model, val_batches, name == "mask")
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
@@ -163,7 +163,7 @@ def train_stage(
             if on_epoch: on_epoch(history)
     return history
 
-# %% ../nbs/11_training.ipynb #f1fe97b9
+# %% ../nbs/11_training.ipynb #3544bd27
 def plot_history(
     history:list, # a dict per epoch, as `train` returns it
 ) -> plt.Figure:
@@ -175,6 +175,7 @@ def plot_history(
         for part, style in (("train", "-"), ("val", "--")):
             ax.plot([h["epoch"] for h in rows], [h[part][loss] for h in rows], style, marker=".", color="#1f77b4", label=part)
         ax.set(title=f"{stage}: {loss.removeprefix('loss_')}", xlabel="epoch", ylim=(0, None))
+        ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(frameon=False)
     plt.close(figure)
     return figure

@@ -1,0 +1,201 @@
+"RoIAlign against torchvision's operators, over boxes that hypothesis thinks up; what a single page of examples cannot hold."
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings, strategies as st
+from torch import tensor
+from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
+from maskrcnn_course.roi_align import multiscale_roi_align, roi_align, roi_levels
+
+STRIDES = (4, 8, 16, 32)
+many = settings(deadline=None, max_examples=80)
+
+
+def maps(size, batch=2, channels=3, strides=STRIDES, seed=0, dtype=torch.float64):
+    "Random levels of a padded batch, with an odd row or column where a stride does not divide the size."
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, channels, -(-size[0] // s), -(-size[1] // s), generator=g).to(dtype).requires_grad_() for s in strides]
+
+
+def peer(features, rois, bins, size, ratio=2, scale=224, level=4):
+    names = [str(i) for i in range(len(features))]
+    pool = MultiScaleRoIAlign(names, bins, ratio, canonical_scale=scale, canonical_level=level)
+    boxes = [rois[rois[:, 0] == i, 1:] for i in range(len(features[0]))]
+    return pool(dict(zip(names, features)), boxes, [size] * len(boxes))
+
+
+def rois_of(*boxes, image=0): return torch.cat([torch.full((len(boxes), 1), float(image)), tensor(boxes, dtype=torch.float32)], 1).double()
+
+
+@st.composite
+def rois(draw, step, most=12, images=2):
+    "Boxes on a grid of `step` pixels, also beyond the image, thin, empty; those of image 0 first."
+    number = lambda low, high: draw(st.integers(int(low / step), int(high / step))) * step
+    rows = []
+    for _ in range(draw(st.integers(0, most))):
+        x, y = number(-100, 300), number(-100, 300)
+        rows.append([draw(st.integers(0, images - 1)), x, y, x + number(0, 400), y + number(0, 400)])
+    return tensor(sorted(rows, key=lambda r: r[0]), dtype=torch.float64).view(-1, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- one level
+
+def roofs(at, cells):
+    inside = (at >= -1) & (at <= cells)
+    return (1 - (at.clamp(0, cells - 1)[:, None] - torch.arange(cells)).abs()).clamp(min=0) * inside[:, None]
+
+
+def by_definition(fmap, box, bins, scale, ratio, aligned):
+    "RoIAlign of one box as two dense products, with the number of samples that the box asks for."
+    start = box[:2] * scale - (0.5 if aligned else 0)
+    size = (box[2:] - box[:2]) * scale
+    if not aligned: size = size.clamp(min=1)
+    weights = []
+    for s, length, cells in zip(start, size, reversed(fmap.shape[-2:])):
+        n = ratio if ratio > 0 else int((length / bins).ceil())
+        at = s + (torch.arange(bins * n, dtype=box.dtype) + 0.5) / max(bins * n, 1) * length
+        weights.append(roofs(at, cells).view(bins, n, cells).sum(1) / max(n, 1))
+    return weights[1] @ fmap @ weights[0].T
+
+
+@many
+@given(rois(step=0.25, most=4), st.sampled_from([1, 2, 4, -1]), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_roi_align_is_its_definition(boxes, ratio, aligned, bins):
+    features = maps((100, 140), strides=(4,))[0].detach()
+    expected = [by_definition(features[int(b[0])], b[1:], bins, 0.25, ratio, aligned) for b in boxes]
+    out = roi_align(features, boxes, bins, 0.25, ratio, aligned)
+    assert out.shape == (len(boxes), 3, bins, bins)
+    if expected: torch.testing.assert_close(out, torch.stack(expected), rtol=0, atol=1e-12)
+
+
+@many
+@given(rois(step=1, images=2))
+def test_lists_and_tensors_of_boxes(boxes):
+    features = maps((64, 64), strides=(8,))[0]
+    as_list = [boxes[boxes[:, 0] == i, 1:] for i in range(2)]
+    assert torch.equal(roi_align(features, as_list, (3, 5), 1 / 8), roi_align(features, boxes, (3, 5), 1 / 8))
+
+
+@many
+@given(rois(step=0.25), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8]))
+def test_one_level_is_torchvisions_roi_align(boxes, ratio, bins):
+    "Steps of powers of 2: samples that fall on the very border of the map do so in both."
+    features = maps((100, 140), strides=(8,))
+    out = multiscale_roi_align(features, boxes, bins, (100, 140), ratio)
+    torch.testing.assert_close(out, torchvision.ops.roi_align(features[0], boxes, bins, 1 / 8, ratio), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- all levels
+
+@many
+@given(rois(step=0.37), st.sampled_from([1, 2, 3]), st.sampled_from([3, 7]), st.sampled_from([32, 96, 224]), st.sampled_from([3, 4]),
+       st.sampled_from([(192, 256), (100, 140), (256, 96)]))
+def test_all_levels_are_torchvisions(boxes, ratio, bins, scale, level, size):
+    features = maps(size)
+    ours = multiscale_roi_align(features, boxes, bins, size, ratio, float(scale), level)
+    theirs = peer(features, boxes, bins, size, ratio, scale, level)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    g = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(ours, features, g), torch.autograd.grad(theirs, features, g)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("strides", [(8,), (4, 8), (8, 16, 32), (4, 8, 16, 32, 64)])
+def test_any_run_of_levels(strides):
+    features, boxes = maps((192, 256), strides=strides), rois_of((3, 4, 30, 31), (9, 9, 100, 120), (0, 0, 256, 192), (0, 0, 900, 900))
+    torch.testing.assert_close(multiscale_roi_align(features, boxes, 7, (192, 256), canonical_scale=96.), peer(features, boxes, 7, (192, 256), scale=96))
+
+
+@many
+@given(st.lists(st.tuples(st.floats(0, 2000), st.floats(0, 2000)), min_size=1, max_size=30), st.sampled_from([32, 96, 224]))
+def test_levels_are_torchvisions(sides, scale):
+    sides = tensor(sides + [(scale * 2. ** k, scale * 2. ** k) for k in range(-4, 5)])          # exact powers are where rounding bites
+    boxes = torch.cat([torch.zeros_like(sides), sides], 1)
+    assert roi_levels(boxes, 2, 5, float(scale)).tolist() == LevelMapper(2, 5, scale)([boxes]).tolist()
+
+
+def test_gradcheck():
+    features = maps((32, 48), batch=1, channels=2, strides=(8, 16))
+    boxes = rois_of((3, 4, 20, 15), (-9, 2, 30, 40), (15, 3, 60, 31), (200, 200, 210, 220))
+    assert torch.autograd.gradcheck(lambda *m: multiscale_roi_align(list(m), boxes, 2, (32, 48), canonical_scale=40.), features)
+
+
+def test_no_boxes():
+    features = maps((64, 64))
+    out = multiscale_roi_align(features, torch.zeros(0, 5, dtype=torch.float64), 7, (64, 64))
+    assert out.shape == (0, 3, 7, 7)
+    assert all(g.shape == f.shape and not g.any() for g, f in zip(torch.autograd.grad(out.sum(), features), features))
+    assert roi_levels(torch.zeros(0, 4), 2, 5).shape == (0,)
+    assert roi_align(features[0], [torch.zeros(0, 4).double()] * 2, 7, 0.25).shape == (0, 3, 7, 7)
+
+
+def test_outside_is_zero_and_teaches_nothing():
+    features, boxes = maps((64, 64)), rois_of((400, 400, 440, 450), (-90, 5, -50, 40))
+    out = multiscale_roi_align(features, boxes, 7, (64, 64))
+    assert not out.any() and not any(g.any() for g in torch.autograd.grad(out.sum(), features))
+
+
+@many
+@given(rois(step=1), st.randoms())
+def test_order_of_boxes_and_memory_do_not_matter(boxes, random):
+    features = maps((96, 128))
+    out = multiscale_roi_align(features, boxes, 4, (96, 128))
+    order = random.sample(range(len(boxes)), len(boxes))
+    assert torch.equal(multiscale_roi_align(features, boxes[order], 4, (96, 128)), out[order])
+    strided = [f.contiguous(memory_format=torch.channels_last) for f in features]
+    assert torch.equal(multiscale_roi_align(strided, boxes.T.contiguous().T, 4, (96, 128)), out)
+
+
+def test_shifting_box_and_map_together():
+    feature, boxes = torch.zeros(1, 2, 32, 32, dtype=torch.float64), rois_of((40, 36, 88, 70))
+    feature[..., 6:20, 6:20] = torch.randn(2, 14, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moved = multiscale_roi_align([feature.roll((2, 5), (2, 3))], boxes + tensor([0, 20, 8, 20, 8]), 7, (128, 128))
+    torch.testing.assert_close(moved, multiscale_roi_align([feature], boxes, 7, (128, 128)), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------- precision, devices
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_lower_precision_of_the_maps_alone(dtype, atol):
+    features = [f.detach().to(dtype).double().requires_grad_() for f in maps((192, 256))]
+    boxes = rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192))
+    low = [f.detach().to(dtype).requires_grad_() for f in features]
+    out, exact = multiscale_roi_align(low, boxes.float(), 7, (192, 256)), multiscale_roi_align(features, boxes, 7, (192, 256))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
+    for a, b in zip(torch.autograd.grad(out.sum(), low), torch.autograd.grad(exact.sum(), features)):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=20 * atol)                           # sums over many bins
+
+
+def test_autocast():
+    features, boxes = maps((64, 64), dtype=torch.float32), rois_of((3, 4, 30, 31), (9, 9, 60, 50)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = multiscale_roi_align([torch.nn.functional.conv2d(f, torch.eye(3)[..., None, None]) for f in features], boxes, 7, (64, 64))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), multiscale_roi_align(features, boxes, 7, (64, 64)), rtol=0, atol=3e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [0, 300])
+def test_cuda_gives_the_same(n):
+    g = torch.Generator().manual_seed(0)
+    corner = torch.rand(n, 2, generator=g) * 300 - 30
+    boxes = torch.cat([torch.randint(2, (n, 1), generator=g), corner, corner + 2 ** (torch.rand(n, 2, generator=g) * 7.5 + 1)], 1).double()
+    features = maps((192, 256))
+    cuda = [f.detach().cuda().requires_grad_() for f in features]
+    ours, theirs = multiscale_roi_align(features, boxes, 7, (192, 256)), multiscale_roi_align(cuda, boxes.cuda(), 7, (192, 256))
+    torch.testing.assert_close(theirs.cpu(), ours, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(ours.sum(), features), torch.autograd.grad(theirs.sum(), cuda)):
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cuda_lower_precision(dtype):
+    features, boxes = maps((192, 256), dtype=torch.float32), rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192)).float()
+    cuda = [f.detach().cuda().to(dtype).requires_grad_() for f in features]
+    out = multiscale_roi_align(cuda, boxes.cuda(), 7, (192, 256))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float().cpu(), multiscale_roi_align(features, boxes, 7, (192, 256)), rtol=0, atol=5e-2)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), cuda))
