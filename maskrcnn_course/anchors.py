@@ -31,7 +31,7 @@ def grid_anchors(
     shifts = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))] * 2, -1)
     return (shifts[:, :, None] + cell).reshape(-1, 4)
 
-# %% ../nbs/03_anchors.ipynb #44620793
+# %% ../nbs/03_anchors.ipynb #c2142c56
 class AnchorGenerator(nn.Module):
     "Anchors of every pyramid level for one padded image size."
     def __init__(self,
@@ -50,19 +50,19 @@ class AnchorGenerator(nn.Module):
         image_size:tuple,  # height and width of the padded batch, in pixels
         features:list,     # one map [batch, channels, rows, columns] per level
     ) -> list:             # one [rows * columns * anchors, 4] per level
-        "Anchors of each level, in the device and number format of its feature map."
+        "Anchors of each level on the device of its feature map, in float32 at least: bfloat16 has no odd numbers above 256."
         if len(features) != len(self.cells):
             raise ValueError(f"{len(features)} feature maps for the anchors of {len(self.cells)} levels")
+        self.cells = [c.to(f.device, torch.promote_types(f.dtype, torch.float32)) for c, f in zip(self.cells, features)]
         grids = [f.shape[-2:] for f in features]
-        return [grid_anchors(c.to(f), tuple(g), (image_size[0] // g[0], image_size[1] // g[1]))
-                for c, f, g in zip(self.cells, features, grids)]
+        return [grid_anchors(c, tuple(g), (image_size[0] // g[0], image_size[1] // g[1])) for c, g in zip(self.cells, grids)]
 
 # %% ../nbs/03_anchors.ipynb #ed41980b
 BETWEEN, BACKGROUND = -2, -1
 
-# %% ../nbs/03_anchors.ipynb #e265a7cf
+# %% ../nbs/03_anchors.ipynb #5ef26702
 def match(
-    iou:Float[Tensor, "*batch boxes n"],  # IoU of ground truth with anchors or proposals
+    iou:Float[Tensor, "*batch boxes n"],  # IoU of ground truth (one row at least, if only padding) with anchors or proposals
     valid:Bool[Tensor, "*batch boxes"],   # false for padding
     high:float,                           # from here on it matches
     low:float,                            # below this it is background

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'NEEDS', 'RECIPES', 'Stage', 'frozen_results', 'thaw', 'augmentation', 'mean_losses', 'train_stage',
-           'plot_history', 'evaluate_model', 'stages_to_run', 'train']
+           'plot_history', 'evaluate_model', 'stages_to_run', 'laptop_size', 'train']
 
 # %% ../nbs/11_training.ipynb #504e8d73
 import json
@@ -31,9 +31,9 @@ STAGES = {  # which parts of the model each stage trains
 }
 NEEDS = {"rpn": None, "box": "rpn", "mask": "box", "joint": None}  # the stage that must come first
 
-# %% ../nbs/11_training.ipynb #35a29a75
+# %% ../nbs/11_training.ipynb #86f2dd48
 RECIPES = {  # epochs of each stage, images per step, learning rate of new layers, and its share for the pretrained body
-    "laptop": dict(epochs=dict(rpn=4, box=10, mask=5, joint=8), batch_size=8, lr=1e-3, body_lr=0.1),
+    "laptop": dict(epochs=dict(rpn=3, box=8, mask=5, joint=8), batch_size=8, lr=1e-3, body_lr=0.1),
     "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), batch_size=16, lr=2e-4, body_lr=0.2),
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), batch_size=4, lr=1e-3, body_lr=1.0),
 }
@@ -223,16 +223,26 @@ def stages_to_run(
     for name in stages: add(name)
     return order
 
-# %% ../nbs/11_training.ipynb #0128493d
-def _start(name, out, preset, num_classes, pretrained, seed):
+# %% ../nbs/11_training.ipynb #3c95d2f3
+def laptop_size(
+    dataset:InstanceDataset, # whose first image tells the size
+) -> dict:                   # fields of `Settings`
+    "Image, anchor and RoI sizes of the laptop preset for these images: their own size, up to 300 x 400."
+    info = dataset.info(0)
+    short = min(info["width"], info["height"], 300)
+    anchors = tuple((round(size * short / 192),) for size in (16, 32, 64, 128, 192))
+    return dict(min_size=short, max_size=round(short * 4 / 3), anchor_sizes=anchors, canonical_scale=short / 2)
+
+# %% ../nbs/11_training.ipynb #3b03b0a1
+def _start(name, out, preset, dataset, pretrained, seed):
     "The model that a stage begins with: what the stage before left, or a new one."
     if NEEDS[name]:
         model, classes, _ = load_model(out / f"{NEEDS[name]}.safetensors")
-        if model.preset != preset or model.num_classes != num_classes:
+        if model.preset != preset or model.num_classes != dataset.num_classes:
             raise ValueError(f"{out} holds a {model.preset!r} model of {len(classes)} classes; choose another folder")
         return model
     torch.manual_seed(seed)
-    return mask_rcnn(preset, num_classes, pretrained)
+    return mask_rcnn(preset, dataset.num_classes, pretrained, **(laptop_size(dataset) if preset == "laptop" else {}))
 
 # %% ../nbs/11_training.ipynb #a6113a6a
 def _write_json(path, value):
@@ -241,7 +251,7 @@ def _write_json(path, value):
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
 
-# %% ../nbs/11_training.ipynb #18bf44eb
+# %% ../nbs/11_training.ipynb #5008c0e8
 def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
@@ -272,7 +282,7 @@ def train(
     path = out / "history.json"
     history = [h for h in json.loads(path.read_text())if h["stage"] not in names] if path.is_file() else []
     for name in names:
-        model = _start(name, out, preset, dataset.num_classes, pretrained, seed)
+        model = _start(name, out, preset, dataset, pretrained, seed)
         def after_epoch(new):
             _write_json(path, history + new)
             if on_epoch: on_epoch(history + new)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import tensor
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import LevelMapper
@@ -79,6 +79,7 @@ def test_lists_and_tensors_of_boxes(boxes):
 
 @many
 @given(rois(step=0.25), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8]))
+@example(rois_of((-16, 8, 0, 16), (8, -16, 16, 0), (136, 8, 152, 16), (8, 96, 16, 112)), 1, 1)      # one sample, on each border
 def test_one_level_is_torchvisions_roi_align(boxes, ratio, bins):
     "Steps of powers of 2: samples that fall on the very border of the map do so in both."
     features = maps((100, 140), strides=(8,))
@@ -111,7 +112,7 @@ def test_any_run_of_levels(strides):
 @given(st.lists(st.tuples(st.floats(0, 2000), st.floats(0, 2000)), min_size=1, max_size=30), st.sampled_from([32, 96, 224]))
 def test_levels_are_torchvisions(sides, scale):
     sides = tensor(sides + [(scale * 2. ** k, scale * 2. ** k) for k in range(-4, 5)])          # exact powers are where rounding bites
-    boxes = torch.cat([torch.zeros_like(sides), sides], 1)
+    boxes = torch.cat([torch.cat([sides * 0 + at, sides + at], 1) for at in (0, 33.7, 160.3, 288.1)])     # 224 px, but for the last bit
     assert roi_levels(boxes, 2, 5, float(scale)).tolist() == LevelMapper(2, 5, scale)([boxes]).tolist()
 
 
