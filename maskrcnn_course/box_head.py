@@ -3,12 +3,12 @@
 # %% auto #0
 __all__ = ['BoxHead', 'select_training_samples', 'box_loss', 'filter_detections']
 
-# %% ../nbs/07_box_head.ipynb #319138b8
+# %% ../nbs/07_box_head.ipynb #d63f71a8
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from .anchors import balanced_sample, match
+from .anchors import BACKGROUND, balanced_sample, match
 from .boxes import box_iou, clip_boxes, decode_boxes, encode_boxes, gather_boxes, large_enough, nms_mask
 from .rpn import masked_mean
 
@@ -32,7 +32,7 @@ class BoxHead(nn.Module):
         x = F.relu(self.fc7(F.relu(self.fc6(roi_features.flatten(1)))))
         return self.cls_score(x), self.bbox_pred(x).unflatten(1, (-1, 4))
 
-# %% ../nbs/07_box_head.ipynb #0c3565af
+# %% ../nbs/07_box_head.ipynb #3e8a1539
 def select_training_samples(
     proposals:Float[Tensor, "batch n 4"],  # padded
     valid:Bool[Tensor, "batch n"],         # false for padding
@@ -48,7 +48,7 @@ def select_training_samples(
     "A balanced sample, objects first: boxes, labels (0 background), which ground truth each belongs to, and which are real."
     proposals, valid = torch.cat([proposals, boxes], 1), torch.cat([valid, boxes_valid], 1)
     matched = match(box_iou(boxes, proposals), boxes_valid, fg_iou_thresh, bg_iou_thresh)
-    positive, negative = balanced_sample((matched >= 0) & valid, (matched == -1) & valid, batch_size_per_image,
+    positive, negative = balanced_sample((matched >= 0) & valid, (matched == BACKGROUND) & valid, batch_size_per_image,
                                          positive_fraction, generator)
     kind, chosen = (2 * positive.int() + negative.int()).topk(min(batch_size_per_image, valid.shape[1]))
     matched = gather_boxes(matched, chosen).clamp(min=0)

@@ -72,13 +72,13 @@ def _epochs(words:list | None) -> dict:
         return {stage: int(n) for stage, n in (word.split("=") for word in words or [])}
     except ValueError: raise ValueError(f"--epochs {' '.join(words)}: give one number, or words such as rpn=5 box=8") from None
 
-# %% ../nbs/14_cli.ipynb #b8091d47
+# %% ../nbs/14_cli.ipynb #58ffa8f2
 def _machine() -> dict:
     "What ran here: names of the machine, its processor and its GPU, versions, and the most memory that was in use."
     import os, platform, torch
     try: cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    about = dict(machine=platform.node(), cpu=cpu, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__)
+    about = dict(cpu=cpu, cores=os.cpu_count(), python=platform.python_version(), torch=torch.__version__)
     if torch.cuda.is_available(): about |= dict(gpu=torch.cuda.get_device_name(), gpu_memory_mb=torch.cuda.max_memory_allocated() // 2**20)
     if sys.platform != "win32":
         import resource
@@ -91,6 +91,13 @@ def _say(history:list) -> None:
     row = history[-1]
     train, val = (sum(row[part].values()) for part in ("train", "val"))
     print(f"{row['stage']:<5} epoch {row['epoch']:>2}   loss {train:.3f}   validation {val:.3f}   {row['seconds']:.0f} s", flush=True)
+
+# %% ../nbs/14_cli.ipynb #6e96ec5e
+def _data_of(run:str) -> str:
+    "The data set that a run was trained on; the scenes if it does not say."
+    import json
+    path = Path(run) / "settings.json"
+    return json.loads(path.read_text())["data"] if path.is_file() else SCENES
 
 # %% ../nbs/14_cli.ipynb #d90a740f
 def train_(args:argparse.Namespace) -> None:
@@ -112,6 +119,17 @@ def train_(args:argparse.Namespace) -> None:
     _print_table(metrics_table(metrics))
     print(f"RPN accuracy {metrics['rpn']['accuracy']:.3f}; {seconds:.0f} s of training; look at {report}")
 
+# %% ../nbs/14_cli.ipynb #efffc498
+def _evaluate_results(dataset, path:str) -> dict:
+    "AP of a file of COCO results: of its boxes, and of its masks if all rows have one."
+    import json
+    from maskrcnn_course.evaluation import evaluate
+    try: results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
+    if not isinstance(results, list): raise ValueError(f"{path} is not a list of COCO results")
+    kinds = ["bbox", "segm"] if results and all("segmentation" in row for row in results) else ["bbox"]
+    return {kind: evaluate(dataset.coco(), results, kind) for kind in kinds}
+
 # %% ../nbs/14_cli.ipynb #f2420244
 def evaluate_(args:argparse.Namespace) -> None:
     "Measure a model, or a file of COCO results, on a data set."
@@ -129,24 +147,6 @@ def evaluate_(args:argparse.Namespace) -> None:
         print(f"RPN accuracy {metrics['rpn']['accuracy']:.3f}; recall " + json.dumps(metrics["rpn"]["recall"]))
         if args.out: print(f"wrote {write_results(args.out, results)}")
     _print_table(metrics_table(metrics))
-
-# %% ../nbs/14_cli.ipynb #6e96ec5e
-def _data_of(run:str) -> str:
-    "The data set that a run was trained on; the scenes if it does not say."
-    import json
-    path = Path(run) / "settings.json"
-    return json.loads(path.read_text())["data"] if path.is_file() else SCENES
-
-# %% ../nbs/14_cli.ipynb #efffc498
-def _evaluate_results(dataset, path:str) -> dict:
-    "AP of a file of COCO results: of its boxes, and of its masks if all rows have one."
-    import json
-    from maskrcnn_course.evaluation import evaluate
-    try: results = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
-    if not isinstance(results, list): raise ValueError(f"{path} is not a list of COCO results")
-    kinds = ["bbox", "segm"] if results and all("segmentation" in row for row in results) else ["bbox"]
-    return {kind: evaluate(dataset.coco(), results, kind) for kind in kinds}
 
 # %% ../nbs/14_cli.ipynb #2d0e5b51
 def _places(files:list, out:Path, overwrite:bool) -> dict:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['PHOTOS', 'VIDEOS', 'COLOURS', 'GREEN', 'RED', 'BLUE', 'GREY', 'read_photo', 'find_photos', 'predict',
-           'predict_images', 'draw', 'write_results', 'predict_video', 'look', 'metrics_table', 'write_report']
+           'predict_images', 'draw', 'look', 'write_results', 'predict_video', 'metrics_table', 'write_report']
 
 # %% ../nbs/12_predict.ipynb #9a2bd846
 import html, json, os, string, sys
@@ -70,7 +70,7 @@ def _shrink(model, image):
     if max(image.shape[-2:]) > 2 * max(size): image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
     return tvf.to_dtype(image, torch.float32, scale=True)
 
-# %% ../nbs/12_predict.ipynb #429ccfd2
+# %% ../nbs/12_predict.ipynb #d3e8a7e3
 @torch.no_grad()
 def predict(
     model:MaskRCNN,
@@ -87,8 +87,8 @@ def predict(
     for image, size, v, *found in zip(images, batch.sizes, valid, boxes, labels, scores, masks):
         (h, w), (box, label, score, mask) = image.shape[-2:], (x[v].cpu() for x in found)
         box = box * (torch.tensor([w, h, w, h]) / size.cpu().flip(0).repeat(2))
-        pasted = [paste_masks(m[None], b[None], (h, w)) > 0.5 for m, b in zip(mask, box)]
-        results.append(dict(boxes=box, labels=label, scores=score, masks=torch.stack([torch.zeros(0, h, w) > 0, *pasted][1:] or [])))
+        pasted = [paste_masks(m[None], b[None], (h, w))[None] > 0.5 for m, b in zip(mask, box)]
+        results.append(dict(boxes=box, labels=label, scores=score, masks=torch.cat([torch.zeros(0, 1, h, w) > 0, *pasted])))
     return results
 
 # %% ../nbs/12_predict.ipynb #beb97935
@@ -150,6 +150,29 @@ def draw(
     return draw_bounding_boxes(image, result["boxes"], _names(result, classes), colours, width=max(1, round(unit)), font=_FONT,
                                font_size=max(9, round(7 * unit)), label_colors="white", label_background_colors=colours, fill_labels=True)
 
+# %% ../nbs/12_predict.ipynb #b80dad24
+@torch.no_grad()
+def look(
+    model:MaskRCNN,
+    image:Float[Tensor, "3 h w"], # 0...1
+    target:dict,                  # what there is to find
+    before:int=20,                # boxes of the box head to show
+) -> dict:                        # anchors [n, 4]; proposals [n, 4], best first; iou [n]; before, after: predictions
+    "One photo seen stage by stage, all in its own coordinates."
+    stages, s, goal = model.stages([image]), model.settings, model.prepare([image], [target]).targets
+    batch, p, anchors = stages["batch"], stages["proposals"], torch.cat(stages["anchors"])
+    scale = (torch.tensor(image.shape[-2:]).to(batch.sizes) / batch.sizes[0]).flip(0).repeat(2)
+    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"], s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
+    proposals = p["boxes"][0, p["valid"][0]]
+    logits, deltas = (x[0, p["valid"][0]] for x in model.run_box_head(stages["features"], p["boxes"], p["valid"], batch))
+    scores = logits.softmax(-1)[:, 1:]
+    best, index = scores.flatten().topk(min(before, scores.numel()))
+    row, label = index // scores.shape[1], index % scores.shape[1] + 1
+    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], s.bbox_reg_weights)[None], batch.sizes)[0]
+    iou = box_iou(proposals, goal["boxes"][0]).amax(1)
+    return dict(anchors=anchors[labels[0] == 1] * scale, proposals=proposals * scale, iou=iou,
+                before=dict(boxes=boxes * scale, labels=label, scores=best), after=stages["predictions"][0])
+
 # %% ../nbs/12_predict.ipynb #867755c3
 def write_results(
     path:str | Path, # a JSON file; replaced in one step if it exists
@@ -202,29 +225,6 @@ def predict_video(
     except (av.FFmpegError, IndexError) as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
     finally: part.unlink(missing_ok=True)
     return out
-
-# %% ../nbs/12_predict.ipynb #b80dad24
-@torch.no_grad()
-def look(
-    model:MaskRCNN,
-    image:Float[Tensor, "3 h w"], # 0...1
-    target:dict,                  # what there is to find
-    before:int=20,                # boxes of the box head to show
-) -> dict:                        # anchors [n, 4]; proposals [n, 4], best first; iou [n]; before, after: predictions
-    "One photo seen stage by stage, all in its own coordinates."
-    stages, s, goal = model.stages([image]), model.settings, model.prepare([image], [target]).targets
-    batch, p, anchors = stages["batch"], stages["proposals"], torch.cat(stages["anchors"])
-    scale = (torch.tensor(image.shape[-2:]).to(batch.sizes) / batch.sizes[0]).flip(0).repeat(2)
-    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"], s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
-    proposals = p["boxes"][0, p["valid"][0]]
-    logits, deltas = (x[0, p["valid"][0]] for x in model.run_box_head(stages["features"], p["boxes"], p["valid"], batch))
-    scores = logits.softmax(-1)[:, 1:]
-    best, index = scores.flatten().topk(min(before, scores.numel()))
-    row, label = index // scores.shape[1], index % scores.shape[1] + 1
-    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], s.bbox_reg_weights)[None], batch.sizes)[0]
-    iou = box_iou(proposals, goal["boxes"][0]).amax(1)
-    return dict(anchors=anchors[labels[0] == 1] * scale, proposals=proposals * scale, iou=iou,
-                before=dict(boxes=boxes * scale, labels=label, scores=best), after=stages["predictions"][0])
 
 # %% ../nbs/12_predict.ipynb #aada97d1
 def metrics_table(
