@@ -10,8 +10,8 @@ from pathlib import Path
 # %% ../nbs/14_cli.ipynb #36e19a81
 SCENES = "data/scenes.h5"
 
-# %% ../nbs/14_cli.ipynb #48e7a1f5
-def _model(run:str) -> tuple:
+# %% ../nbs/14_cli.ipynb #638e5e8c
+def _model(run:str | Path) -> tuple:
     "The model of a run's folder or of a .safetensors file, on the GPU if there is one; its classes and stage."
     import torch
     from maskrcnn_course.mask_rcnn import load_model
@@ -92,8 +92,8 @@ def _say(history:list) -> None:
     train, val = (sum(row[part].values()) for part in ("train", "val"))
     print(f"{row['stage']:<5} epoch {row['epoch']:>2}   loss {train:.3f}   validation {val:.3f}   {row['seconds']:.0f} s", flush=True)
 
-# %% ../nbs/14_cli.ipynb #6e96ec5e
-def _data_of(run:str) -> str:
+# %% ../nbs/14_cli.ipynb #257e7de7
+def _data_of(run:str | Path) -> str:
     "The data set that a run was trained on; the scenes if it does not say."
     import json
     path = Path(run) / "settings.json"
