@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         "The pyramid of a batch of images."
         return self.fpn(self.body(x))
 
-# %% ../nbs/05_fpn.ipynb #29589c63
+# %% ../nbs/05_fpn.ipynb #a97a4412
 def lite0_backbone(
     out_channels:int=128, # channels of the pyramid
     pretrained:bool=True, # ImageNet weights, from a package on this machine
@@ -102,7 +102,7 @@ def lite0_backbone(
         names = timm.create_model("tf_efficientnet_lite0").state_dict()
         renamed = dict(zip(names, saved.values(), strict=True))  # the same layers in the same order under other names
         model.load_state_dict({k: v for k, v in renamed.items() if k in model.state_dict()})
-    frozen = ("conv_stem", "bn1", "blocks.0", "blocks.1")
+    frozen = ("conv_stem", "bn1", "blocks.0", "blocks.1") if pretrained else ()
     backbone = Backbone(model, model.feature_info.channels(), out_channels, frozen=frozen)
     for block in backbone.fpn.inner_blocks: block[0].weight.data /= 7  # its maps vary by about 7, where the heads expect about 1
     return backbone
