@@ -99,7 +99,7 @@ def test_folders_give_their_photos_by_name_and_leave_out_the_rest(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"): find_photos([tmp_path / "gone"])
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 5000), (5000, 3), (37, 91), (700, 900), (3000, 4000)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 100), (1, 300), (300, 1), (2, 5000), (5000, 3), (37, 91), (700, 900), (3000, 4000)])
 def test_photos_of_any_size(model, size):
     photo = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     [prediction] = predict(model, [photo], threshold=0.1)
