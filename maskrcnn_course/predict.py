@@ -4,7 +4,7 @@
 __all__ = ['PHOTOS', 'VIDEOS', 'COLOURS', 'GREEN', 'RED', 'BLUE', 'GREY', 'read_photo', 'find_photos', 'predict',
            'predict_images', 'draw', 'look', 'write_results', 'predict_video', 'metrics_table', 'write_report']
 
-# %% ../nbs/12_predict.ipynb #9a2bd846
+# %% ../nbs/12_predict.ipynb #c9e73033
 import html, json, os, string, sys
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .data import InstanceDataset
 from .boxes import box_iou, clip_boxes, decode_boxes
 from .anchors import assign_targets_to_anchors
@@ -26,12 +26,12 @@ from .mask_head import paste_masks
 from .mask_rcnn import MaskRCNN
 from .training import plot_history
 
-# %% ../nbs/12_predict.ipynb #9e23bc02
+# %% ../nbs/12_predict.ipynb #d26518a0
 def _to_8_bits(image:Image.Image) -> Image.Image:
     "A grey picture of 16 or 32 bits a pixel, scaled to 8."
-    values = np.asarray(image, np.float64)
+    values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
     top = 65535 if image.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if values.max() <= t), values.max())
-    return Image.fromarray((values.clip(0) * 255 / top).round().astype(np.uint8))
+    return Image.fromarray((values * 255 / top).round().astype(np.uint8))
 
 # %% ../nbs/12_predict.ipynb #7d0ba45f
 def read_photo(
@@ -63,11 +63,11 @@ def find_photos(
         found += inside
     return found
 
-# %% ../nbs/12_predict.ipynb #5812f9f5
+# %% ../nbs/12_predict.ipynb #f051348e
 def _shrink(model, image):
-    "The photo as floats; one of more than twice the model's size is made small with every pixel counted."
+    "The photo as floats; one of more than twice the model's size is made small with every pixel counted, and none thinner than a pixel."
     size = model._size(image)
-    if max(image.shape[-2:]) > 2 * max(size): image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
+    if max(image.shape[-2:]) > 2 * max(size) or not min(size): image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
     return tvf.to_dtype(image, torch.float32, scale=True)
 
 # %% ../nbs/12_predict.ipynb #d3e8a7e3
@@ -134,7 +134,7 @@ def _fill(image:Tensor, result:dict) -> UInt8[Tensor, "3 h w"]:
     masks = result["masks"].cpu().reshape(-1, *image.shape[1:]) > 0.5
     return draw_segmentation_masks(image, masks, alpha=0.5, colors=_colours(result["labels"]))
 
-# %% ../nbs/12_predict.ipynb #ab69d38c
+# %% ../nbs/12_predict.ipynb #f4c38a8e
 def draw(
     image:UInt8[Tensor, "3 h w"] | Float[Tensor, "3 h w"],
     result:dict,         # a prediction, or a target without scores
@@ -143,11 +143,11 @@ def draw(
 ) -> UInt8[Tensor, "3 h w"]:
     "Masks, boxes, names and scores over a photo, in the colour of each class."
     result = {k: result[k].cpu() for k in ("boxes", "labels", "scores", "masks") if k in result}
-    if "scores" in result: result = {k: v[result["scores"] >= threshold] for k, v in result.items()}
+    if "scores" in result: result = {k: v[result["scores"] >= threshold].flip(0) for k, v in result.items()}  # the best on top
     unit, colours = min(image.shape[1:]) / 200, _colours(result["labels"])
     image = _fill(image, result)
     if not colours: return image
-    return draw_bounding_boxes(image, result["boxes"], _names(result, classes), colours, width=max(1, round(unit)), font=_FONT,
+    return draw_bounding_boxes(image, result["boxes"], _names(result, classes), colours, width=round(unit + 0.6), font=_FONT,
                                font_size=max(9, round(7 * unit)), label_colors="white", label_background_colors=colours, fill_labels=True)
 
 # %% ../nbs/12_predict.ipynb #b80dad24
@@ -193,7 +193,7 @@ def _frames(container) -> Iterator[tuple]:
         image = torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90).permute(2, 0, 1)
         yield (frame.pts, frame.time_base), image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
 
-# %% ../nbs/12_predict.ipynb #925e8d0f
+# %% ../nbs/12_predict.ipynb #e4b9c035
 def predict_video(
     model:MaskRCNN,
     source:str | Path,   # any video that FFmpeg reads
@@ -209,6 +209,7 @@ def predict_video(
     part = out.with_name(out.name + ".part")
     try:
         with av.open(str(source)) as container, av.open(str(part), "w", format="mp4") as new:
+            if not container.streams.video: raise ValueError(f"{source}: there is no picture in this file, only sound")
             video, stream = container.streams.video[0], None
             frames = tqdm(_frames(container), Path(source).name, video.frames or None, leave=False, disable=None)
             for (pts, time_base), image, prediction in _predictions(model, frames, batch_size, threshold):
@@ -222,7 +223,7 @@ def predict_video(
             if stream is None: raise ValueError(f"{source}: the video has no frame")
             new.mux(stream.encode())
         os.replace(part, out)
-    except (av.FFmpegError, IndexError) as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
+    except av.FFmpegError as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
     finally: part.unlink(missing_ok=True)
     return out
 
@@ -279,7 +280,7 @@ def _story(model, image, target, name, classes) -> str:
     ]
     return f'<h3>{html.escape(name)}</h3><div class="row" style="--photo:url({_uri(_fill(image, {"labels": []}))})">{"".join(panels)}</div>'
 
-# %% ../nbs/12_predict.ipynb #4394301e
+# %% ../nbs/12_predict.ipynb #772c3ba8
 _PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>$title</title>
 <style>
@@ -297,32 +298,31 @@ th:first-child, td:first-child { text-align: left } .plain td { text-align: left
 figure svg { display: block; width: 100%; border-radius: .375rem; background: var(--photo) 0 / 100% 100% }
 figure rect { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke } figure .thick { stroke-width: 2.5 } figure .dots { stroke-width: 2; stroke-dasharray: 2 3 }
 figure text { fill: #fff; stroke-width: 3; paint-order: stroke; stroke-linejoin: round; font-weight: 600 } details { margin-top: 1rem } summary { cursor: pointer; color: var(--soft) }
-.key { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin: 0 .3em 0 .8em; vertical-align: -.05em }
+.key { display: inline-block; margin-right: .9em } .key i { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .3em }
 </style>
 <h1>$title</h1><p>$lead</p><dl class="tiles">$tiles</dl>
 <h2>How it learnt</h2><p>Each loss over the epochs of its stage: training solid, validation dashed.</p><div class="scroll plot">$curves</div>
 <h2>How well it finds</h2><p>Average precision on the validation images, of boxes and of masks; 1 is perfect.</p><div class="scroll">$precision</div>
 <p style="margin-top:1.5rem">Share of the objects that one of the first proposals of their image covers with an IoU of 0.5 or more.</p><div class="scroll">$recall</div>
-<h2>What each stage saw</h2><p>Validation images; before suppression dotted, after it solid.$keys</p>$stories
+<h2>What each stage saw</h2><p>Validation images; before suppression dotted, after it solid.<br>$keys</p>$stories
 <h2>Settings</h2><div class="scroll plain">$settings</div><details><summary>Every number of the model</summary><div class="scroll plain">$numbers</div></details>
 </html>
 """)
 
-# %% ../nbs/12_predict.ipynb #6498ea57
+# %% ../nbs/12_predict.ipynb #6fcf77b2
 def _table(rows:Iterable) -> str:
     "Rows of anything as an HTML table; the first is the head if its first entry is empty."
     rows = [[html.escape(str(v)) for v in row] for row in rows]
     tags = ["td" if row[0] else "th" for row in rows]
     return "<table>" + "".join("<tr>" + "".join(f"<{t}>{v}</{t}>" for v in row) for t, row in zip(tags, rows)) + "</table>"
 
-# %% ../nbs/12_predict.ipynb #acb62ea1
 def _curves(history:list) -> str:
     "The plot of all losses as SVG."
     file = StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}): plot_history(history).savefig(file, format="svg", transparent=True)
     return file.getvalue()[file.getvalue().index("<svg"):]
 
-# %% ../nbs/12_predict.ipynb #b26b2762
+# %% ../nbs/12_predict.ipynb #53dae394
 def write_report(
     out:str | Path,          # the run's folder
     model:MaskRCNN,
@@ -335,18 +335,17 @@ def write_report(
     "Write `report.html`, one file that needs no other: settings, curves, AP, and what every stage saw of a few images."
     out, s = Path(out), model.settings
     settings = json.loads((out / "settings.json").read_text()) if (out / "settings.json").is_file() else {}
-    recall = {str(k): v for k, v in metrics["rpn"]["recall"].items()}
-    tiles = {"box AP": metrics["bbox"]["AP"], "box AP50": metrics["bbox"]["AP50"], "mask AP": metrics["segm"]["AP"], "mask AP50": metrics["segm"]["AP50"],
-             "RPN accuracy": metrics["rpn"]["accuracy"], "recall of 100": recall["100"]}
-    tiles = {k: f"{v:.3f}" for k, v in tiles.items()} | ({"training": f"{metrics['seconds'] / 60:.1f} min"} if "seconds" in metrics else {})
+    recall = {str(k): f"{v:.3f}" for k, v in metrics["rpn"]["recall"].items()}  # through JSON its keys become strings
+    tiles = {f"{name} {ap}": f"{metrics[kind][ap]:.3f}" for kind, name in (("bbox", "box"), ("segm", "mask")) for ap in ("AP", "AP50")}
+    tiles |= {"RPN accuracy": f"{metrics['rpn']['accuracy']:.3f}", "recall of 100": recall["100"]} | ({"training": f"{metrics['seconds'] / 60:.1f} min"} if "seconds" in metrics else {})
     picked = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
     stories = [_story(model, *dataset[i], dataset.info(i)["file_name"], classes) for i in tqdm(picked, "report", leave=False, disable=None)]
-    keys = [*zip(classes, COLOURS * len(classes)), ("ground truth", GREEN), ("anchors and proposals", BLUE)]
+    keys = [*zip(classes, COLOURS * len(classes)), ("ground truth", GREEN), ("anchors and proposals", BLUE), ("proposals with IoU up to 0.5", GREY)]
     page = _PAGE.substitute(
         title=html.escape(out.resolve().name), lead=html.escape(f"Mask R-CNN, {len(dataset)} validation images of {dataset.path.name}, classes {', '.join(classes)}"),
         tiles="".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items()), curves=_curves(history) if history else "",
-        precision=_table(metrics_table(metrics)), recall=_table([["", *recall], ["recall", *(f"{v:.3f}" for v in recall.values())]]),
-        keys="".join(f'<span class="key" style="background:{c}"></span>{html.escape(k)}' for k, c in keys), stories="".join(stories),
+        precision=_table(metrics_table(metrics)), recall=_table([["", *recall], ["recall", *recall.values()]]),
+        keys="".join(f'<span class="key"><i style="background:{c}"></i>{html.escape(k)}</span>' for k, c in keys), stories="".join(stories),
         settings=_table({**settings, **metrics.get("machine", {})}.items()), numbers=_table(asdict(s).items()))
     part = out / "report.html.part"
     part.write_text(page, encoding="utf-8")
