@@ -64,12 +64,13 @@ def import_(args:argparse.Namespace) -> None:
     import_coco(out, annotations, images, _groups(args.groups), args.size and _size(args.size), args.classes, args.overwrite)
     print(f"{out} is written; train on it with: maskrcnn-course train {out}")
 
-# %% ../nbs/14_cli.ipynb #e29f34db
+# %% ../nbs/14_cli.ipynb #1066341a
 def _epochs(words:list | None) -> dict:
     "Epochs of each stage, out of one number or of words such as rpn=5."
+    stages, words = ("rpn", "box", "mask", "joint"), words or []
     try:
-        if words and len(words) == 1 and "=" not in words[0]: return dict.fromkeys(["rpn", "box", "mask", "joint"], int(words[0]))
-        return {stage: int(n) for stage, n in (word.split("=") for word in words or [])}
+        if len(words) == 1 and "=" not in words[0]: return dict.fromkeys(stages, int(words[0]))
+        return {stages[stages.index(stage)]: int(n) for stage, n in (word.split("=") for word in words)}
     except ValueError: raise ValueError(f"--epochs {' '.join(words)}: give one number, or words such as rpn=5 box=8") from None
 
 # %% ../nbs/14_cli.ipynb #58ffa8f2
@@ -119,18 +120,18 @@ def train_(args:argparse.Namespace) -> None:
     _print_table(metrics_table(metrics))
     print(f"RPN accuracy {metrics['rpn']['accuracy']:.3f}; {seconds:.0f} s of training; look at {report}")
 
-# %% ../nbs/14_cli.ipynb #efffc498
+# %% ../nbs/14_cli.ipynb #46cab1b9
 def _evaluate_results(dataset, path:str) -> dict:
     "AP of a file of COCO results: of its boxes, and of its masks if all rows have one."
     import json
     from maskrcnn_course.evaluation import evaluate
     try: results = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
-    if not isinstance(results, list): raise ValueError(f"{path} is not a list of COCO results")
+    if not isinstance(results, list) or not all(isinstance(row, dict) for row in results): raise ValueError(f"{path} is not a list of COCO results")
     kinds = ["bbox", "segm"] if results and all("segmentation" in row for row in results) else ["bbox"]
     return {kind: evaluate(dataset.coco(), results, kind) for kind in kinds}
 
-# %% ../nbs/14_cli.ipynb #f2420244
+# %% ../nbs/14_cli.ipynb #71c5cbca
 def evaluate_(args:argparse.Namespace) -> None:
     "Measure a model, or a file of COCO results, on a data set."
     import json
@@ -143,8 +144,11 @@ def evaluate_(args:argparse.Namespace) -> None:
     if args.results: metrics = _evaluate_results(dataset, args.results)
     else:
         from maskrcnn_course.training import evaluate_model
-        metrics, results = evaluate_model(_model(run[0])[0], dataset)
-        print(f"RPN accuracy {metrics['rpn']['accuracy']:.3f}; recall " + json.dumps(metrics["rpn"]["recall"]))
+        model, classes, _ = _model(run[0])
+        if classes != dataset.classes: raise ValueError(f"{run[0]} knows the classes {classes}, but {data} has {dataset.classes}")
+        metrics, results = evaluate_model(model, dataset)
+        recall = ", ".join(f"{share:.3f} of {k}" for k, share in metrics["rpn"]["recall"].items())
+        print(f"RPN accuracy {metrics['rpn']['accuracy']:.3f}; recall {recall} proposals")
         if args.out: print(f"wrote {write_results(args.out, results)}")
     _print_table(metrics_table(metrics))
 
@@ -177,20 +181,24 @@ def _predict_photos(model, classes:list, places:dict, threshold:float) -> list:
         print(f"{places[file]}: {len(prediction['labels'])} found", flush=True)
     return results
 
-# %% ../nbs/14_cli.ipynb #ce754e64
+# %% ../nbs/14_cli.ipynb #288832a9
 def predict_(args:argparse.Namespace) -> None:
     "Draw what a model finds in photos, folders of photos, and videos."
     from maskrcnn_course.predict import VIDEOS, find_photos, predict_video, write_results
     places = _places(list(dict.fromkeys(find_photos(args.files))), Path(args.out), args.overwrite)
     if args.json: _free(args.json, args.overwrite)
-    (model, classes, _), done = _model(args.run), 0
-    for file in [file for file in places if file.suffix.lower() in VIDEOS]:
+    videos, done = [file for file in places if file.suffix.lower() in VIDEOS], 0
+    model, classes, _ = _model(args.run)
+    for file in videos:
         try: print(predict_video(model, file, places.pop(file), classes, args.threshold), flush=True)
         except ValueError as e: print(f"passed over: {e}", file=sys.stderr)
         else: done += 1
-    try: results = _predict_photos(model, classes, places, args.threshold)
-    except ValueError:
+    try:
+        if places: results = _predict_photos(model, classes, places, args.threshold)
+        elif not done: raise ValueError(f"none of the {len(videos)} videos could be read")
+    except ValueError as e:
         if not done: raise
+        print(f"passed over: {e}", file=sys.stderr)
     else:
         if args.json and places: print(write_results(args.json, results))
 

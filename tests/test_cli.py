@@ -108,3 +108,99 @@ def test_ctrl_c_leaves_a_model_that_works(run, tmp_path):
     assert process.returncode == 130 and "stopped" in err
     assert load_model(tmp_path / "run/model.safetensors")[2] == "rpn"
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from maskrcnn_course.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_wrong_stage_class_or_group_is_named(run, capsys, tmp_path):
+    assert "rbn=5" in fails(capsys, "train", run / "s.h5", "--epochs", "rbn=5", "--out", tmp_path / "x")
+    coco = dict(images=[], annotations=[], categories=[dict(id=1, name="cat", supercategory="animal")])
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    words = ["import", "coco", tmp_path / "c.h5", "--train", tmp_path / "a.json", "--images", tmp_path]
+    assert "['dog']" in fails(capsys, *words, "--classes", "dog")
+    assert "['dog']" in fails(capsys, *words, "--groups", "pet=cat,dog")
+    assert "--groups cat" in fails(capsys, *words, "--groups", "cat")
+    assert "b.json" in fails(capsys, *words[:4], tmp_path / "b.json", *words[5:])
+    (tmp_path / "b.json").write_text(json.dumps(coco)[:40])
+    assert "b.json is not whole JSON" in fails(capsys, *words[:4], tmp_path / "b.json", *words[5:])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "b.json"]
+
+
+def test_import_names_a_truncated_photo_and_writes_nothing(tmp_path, capsys):
+    Image.fromarray(make_scene(np.random.default_rng(3), (60, 80))[0]).save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
+    coco = dict(images=[dict(id=7, file_name="a.jpg", width=80, height=60)], annotations=[], categories=[dict(id=3, name="cat", supercategory="animal")])
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    words = ["import", "coco", tmp_path / "c.h5", "--train", tmp_path / "a.json", "--images", tmp_path]
+    assert "a.jpg" in fails(capsys, *words)
+    (tmp_path / "a.jpg").unlink()
+    assert "there is no such file" in fails(capsys, *words)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_model_is_not_measured_on_other_classes(run, capsys, tmp_path):
+    import h5py, shutil
+    shutil.copy(run / "s.h5", tmp_path / "t.h5")
+    with h5py.File(tmp_path / "t.h5", "r+") as f: f.attrs["classes"] = json.dumps(["animal", "person", "vehicle"])
+    assert "knows the classes" in fails(capsys, "evaluate", run / "run", tmp_path / "t.h5")
+
+
+def test_evaluate_refuses_what_is_no_list_of_results(run, capsys, tmp_path):
+    for text in ("[", "{}", "[1]", '[{"image_id": 99, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}]'):
+        (tmp_path / "r.json").write_text(text)
+        fails(capsys, "evaluate", "--results", tmp_path / "r.json", run / "s.h5")
+    assert "RUN and DATA" in fails(capsys, "evaluate", "--results", tmp_path / "r.json", run / "run", run / "s.h5")
+    assert "exists" in fails(capsys, "evaluate", run / "run", run / "s.h5", "--out", tmp_path / "r.json")
+
+
+def test_predict_never_overwrites_a_photo_or_mixes_two(run, capsys, tmp_path):
+    for name in ("a.jpg", "b/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(make_scene(np.random.default_rng(0), (64, 64))[0]).save(tmp_path / name)
+    before = (tmp_path / "a.jpg").read_bytes()
+    predict = ["predict", run / "run", tmp_path / "a.jpg"]
+    assert "exists" in fails(capsys, *predict, "--out", tmp_path)
+    assert "made from" in fails(capsys, *predict, "--out", tmp_path, "--overwrite")
+    assert "second file" in fails(capsys, *predict, tmp_path / "b", "--out", tmp_path / "out")
+    assert "none.jpg" in fails(capsys, *predict, tmp_path / "none.jpg", "--out", tmp_path / "out")
+    assert (tmp_path / "a.jpg").read_bytes() == before and not (tmp_path / "out").exists()
+    assert main([*map(str, predict), str(tmp_path / "a.jpg"), "--out", str(tmp_path / "out")]) == 0     # the same file twice is one
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.jpg"]
+
+
+def test_predict_takes_videos_beside_photos(run, capsys, tmp_path):
+    import av
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(3): container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 80 * i, np.uint8))))
+        container.mux(stream.encode())
+    (tmp_path / "cut.mov").write_bytes((tmp_path / "film.mp4").read_bytes()[:500])
+    (tmp_path / "cut.png").write_bytes(b"no")
+    model = ["predict", str(run / "run")]
+    words = [str(tmp_path / name) for name in ("film.mp4", "cut.mov", "cut.png")]
+    assert main([*model, *words, "--out", str(tmp_path / "all"), "--json", str(tmp_path / "r.json")]) == 0
+    said = capsys.readouterr().err
+    assert "cut.mov" in said and "cut.png" in said and not (tmp_path / "r.json").exists()
+    assert main([*model, str(tmp_path / "film.mp4"), str(tmp_path / "cut.mov"), "--out", str(tmp_path / "out")]) == 0
+    assert "cut.mov" in capsys.readouterr().err and [p.name for p in (tmp_path / "out").iterdir()] == ["film.mp4"]
+    assert main([*model, str(tmp_path / "cut.mov"), "--out", str(tmp_path / "out2")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "maskrcnn-course: none of the 1 videos could be read"
+
+
+def test_lab_opens_the_front_page(monkeypatch, tmp_path, capsys):
+    called = []
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "nbs/index.ipynb").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.call", lambda words: called.append(words) or 0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert main(["lab", "--", "--no-browser"]) == 0
+    assert called[0][1:] == ["-m", "jupyterlab", str(tmp_path / "nbs/index.ipynb"), "--no-browser"]
+    monkeypatch.setattr("maskrcnn_course.cli.__file__", str(tmp_path / "lib" / "package" / "cli.py"))
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert "clone it" in fails(capsys, "lab")
