@@ -12,7 +12,7 @@ START, END = "<!-- results -->", "<!-- /results -->"
 def row(name, metrics):
     classes = " / ".join(f"{c['AP50']:.2f}" for c in metrics["bbox"]["per_class"].values())
     rpn = f"{metrics['rpn']['accuracy']:.3f}" if "rpn" in metrics else ""
-    minutes = metrics["minutes"] if "minutes" in metrics else metrics["seconds"] / 60
+    minutes = metrics["minutes"] * metrics["threads"] if "minutes" in metrics else metrics["seconds"] / 60 * metrics["machine"]["cores"]
     return (f"| {name} | {minutes:.0f} | {rpn} | {metrics['bbox']['AP']:.3f} | {metrics['bbox']['AP50']:.3f} | {classes} | "
             f"{metrics['segm']['AP']:.3f} | {metrics['segm']['AP50']:.3f} |")
 
@@ -20,14 +20,14 @@ def row(name, metrics):
 def section():
     "The table of every result that is there."
     known = {"laptop_scenes": "scenes, three stages: `maskrcnn-course train`",
-             "scenes_joint_ours": "scenes, jointly: `python benchmarks/scenes_vs_torchvision.py ours`",
-             "scenes_joint_torchvision": "scenes, torchvision's Mask R-CNN jointly: `python benchmarks/scenes_vs_torchvision.py torchvision`",
-             "laptop_coco3": "photos, three stages: see [data/README.md](data/README.md)"}
+             "scenes_joint_ours": "scenes, jointly: `python benchmarks/scenes_vs_torchvision.py`",
+             "scenes_joint_torchvision": "scenes, torchvision's Mask R-CNN, jointly, beside it",
+             "laptop_coco3": "232 photos of COCO, three stages (see [data/README.md](data/README.md))"}
     rows = [row(name, json.loads(path.read_text())) for stem, name in known.items()
             if (path := ROOT / f"benchmarks/results/{stem}.json").is_file()]
     return "\n".join([START, "## What it reaches", "", "On two CPU cores, on images never trained on; of the scenes, also on kinds of vehicles, persons and animals never trained on. The table is",
                       "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
-                      "| what | minutes | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
+                      "| what | core-minutes | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
                       "|---|---|---|---|---|---|---|---|", *rows, END])
 
 

@@ -1,15 +1,17 @@
-"""Train torchvision's Mask R-CNN, or ours, on the same scenes for the same minutes, and report AP on the kinds never seen in training.
+"""Train torchvision's Mask R-CNN and ours on the same scenes for the same minutes, and report AP on the kinds never seen in training.
 
 Both have the same body with the same ImageNet weights, the same pyramid, heads, anchors and sample sizes, the same images, augmentation,
-optimiser and schedule; torchvision's model is made by `to_torchvision`, so that even the first weights agree. A run of three stages is
-measured with `maskrcnn-course train` itself.
+optimiser and schedule; torchvision's model is made by `to_torchvision`, so that even the first weights agree. They run side by side, each on
+half of the cores, so that whatever else the machine does slows both. A run of three stages is measured with `maskrcnn-course train` itself.
 
-    python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15
-    python benchmarks/scenes_vs_torchvision.py ours --minutes 15
+    python benchmarks/scenes_vs_torchvision.py --minutes 40
 """
 import argparse
 import json
+import os
 import platform
+import subprocess
+import sys
 import time
 from itertools import count
 from pathlib import Path
@@ -22,6 +24,11 @@ from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.evaluation import evaluate, results_from_predictions
 from maskrcnn_course.mask_rcnn import mask_rcnn
 from maskrcnn_course.training import RECIPES, augmentation
+
+
+def cpu_name():
+    try: return next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration): return platform.processor() or platform.machine()
 
 
 def endless(loader):
@@ -67,12 +74,16 @@ def trainable_targets(batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("side", choices=["torchvision", "ours"])
+    parser.add_argument("side", nargs="?", choices=["torchvision", "ours"], help="one side alone (both, side by side)")
     parser.add_argument("--data", default="data/scenes.h5")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="benchmarks/results")
     args = parser.parse_args()
+    if not args.side:
+        half = dict(os.environ, OMP_NUM_THREADS=str(max(1, os.cpu_count() // 2)))
+        both = [subprocess.Popen([sys.executable, __file__, side, *sys.argv[1:]], env=half) for side in ("ours", "torchvision")]
+        sys.exit(max(process.wait() for process in both))
     recipe = RECIPES["laptop"]
     torch.manual_seed(args.seed)
     model = mask_rcnn("laptop").train()
@@ -83,10 +94,10 @@ def main():
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
     loader = DataLoader(InstanceDataset(args.data, "train", augmentation()), recipe["batch_size"], shuffle=True, collate_fn=trainable_targets,
                         generator=torch.Generator().manual_seed(args.seed))
-    steps = train_for(model, loader, args.minutes, recipe["lr"], recipe["body_lr"])
-    result = dict(side=args.side, minutes=args.minutes, seed=args.seed, steps=steps, images=steps * recipe["batch_size"], torch=torch.__version__,
-                  threads=torch.get_num_threads(), machine=platform.processor() or platform.machine(),
-                  **measure(model, InstanceDataset(args.data, "val")))
+    steps = train_for(model, loader, args.minutes, recipe["lr"]["joint"], recipe["body_lr"])
+    result = dict(command=f"python benchmarks/scenes_vs_torchvision.py --minutes {args.minutes:g}", side=args.side, minutes=args.minutes,
+                  seed=args.seed, steps=steps, images=steps * recipe["batch_size"], torch=torch.__version__, cpu=cpu_name(),
+                  cores=os.cpu_count(), threads=torch.get_num_threads(), **measure(model, InstanceDataset(args.data, "val")))
     out = Path(args.out) / f"scenes_joint_{args.side}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))

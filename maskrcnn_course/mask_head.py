@@ -3,12 +3,13 @@
 # %% auto #0
 __all__ = ['mask_targets', 'MaskHead', 'mask_loss', 'paste_masks']
 
-# %% ../nbs/08_mask_head.ipynb #f8846f7b
+# %% ../nbs/08_mask_head.ipynb #f24f239c
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from .roi_align import roi_align
+from .box_head import conv_layers
 from .rpn import masked_mean
 
 # %% ../nbs/08_mask_head.ipynb #955405fd
@@ -22,7 +23,7 @@ def mask_targets(
     rois = torch.cat([instance[:, None].to(boxes), boxes], 1)
     return roi_align(masks[:, None].to(boxes), rois, size)[:, 0]
 
-# %% ../nbs/08_mask_head.ipynb #658f266f
+# %% ../nbs/08_mask_head.ipynb #a0718bf0
 class MaskHead(nn.Module):
     "A small fully convolutional network on each RoI: one mask per class, twice as fine as the RoI's bins (Mask R-CNN, figure 4)."
     def __init__(self,
@@ -32,16 +33,13 @@ class MaskHead(nn.Module):
         norm_layer:type|None=None,     # normalisation after each of them
     ):
         super().__init__()
-        def layer(a, b):
-            norm = [norm_layer(b)] if norm_layer else []
-            return nn.Sequential(nn.Conv2d(a, b, 3, padding=1, bias=norm_layer is None), *norm, nn.ReLU())
-        self.convs = nn.Sequential(*[layer(a, b) for a, b in zip((in_channels, *layers), layers)])
+        self.convs = conv_layers(in_channels, layers, norm_layer)
         self.conv5_mask = nn.ConvTranspose2d(layers[-1], layers[-1], 2, 2)
         self.mask_fcn_logits = nn.Conv2d(layers[-1], num_classes, 1)
-        for m in self.modules():
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                if m.bias is not None: nn.init.zeros_(m.bias)
+        nn.init.kaiming_normal_(self.conv5_mask.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.conv5_mask.bias)
+        nn.init.normal_(self.mask_fcn_logits.weight, std=1e-3)  # no opinion yet
+        nn.init.zeros_(self.mask_fcn_logits.bias)
 
     def forward(self,
         roi_features:Float[Tensor, "k c bins bins"], # from RoIAlign

@@ -29,7 +29,7 @@ from .roi_align import multiscale_roi_align
 from .box_head import BoxHead, box_loss, filter_detections, select_training_samples
 from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
 
-# %% ../nbs/10_mask_rcnn.ipynb #368a1efc
+# %% ../nbs/10_mask_rcnn.ipynb #516010df
 @dataclass(frozen=True)
 class Settings:
     "Every number of the model, under torchvision's name and with the paper's value."
@@ -60,7 +60,8 @@ class Settings:
     bbox_reg_weights:tuple = (10., 10., 5., 5.)
     canonical_scale:float = 224.             # a box with sides of this many pixels belongs to pyramid level 4
     sampling_ratio:int = 2                   # RoIAlign's samples per side of a bin
-    box_hidden:int = 1024                    # units of the box head's layers
+    box_layers:tuple = ()                    # channels of the box head's 3x3 layers
+    box_hidden:tuple = (1024, 1024)          # units of its fully connected layers
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
 
 # %% ../nbs/10_mask_rcnn.ipynb #953c65db
@@ -90,7 +91,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #7e3d2c67
+# %% ../nbs/10_mask_rcnn.ipynb #75d91ed0
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -105,7 +106,7 @@ class MaskRCNN(nn.Module):
         self.num_classes, self.backbone = num_classes, backbone
         self.anchor_generator = AnchorGenerator(s.anchor_sizes, s.aspect_ratios)
         self.rpn_head = RPNHead(backbone.out_channels, self.anchor_generator.num_anchors_per_location()[0], s.rpn_conv_depth)
-        self.box_head = BoxHead(backbone.out_channels, num_classes, 7, s.box_hidden)
+        self.box_head = BoxHead(backbone.out_channels, num_classes, 7, s.box_hidden, s.box_layers)
         self.mask_head = MaskHead(backbone.out_channels, num_classes, s.mask_layers)
 
     def forward(self,
@@ -267,18 +268,18 @@ class MaskRCNN(nn.Module):
                     detections=dict(zip(("boxes", "labels", "scores", "valid"), detections)),
                     mask_logits=mask_logits, predictions=self.postprocess(detections, mask_logits, batch))
 
-# %% ../nbs/10_mask_rcnn.ipynb #5d2c1ebd
+# %% ../nbs/10_mask_rcnn.ipynb #0fc3d889
 PRESETS = {
     "laptop": (lite0_backbone, dict(
-        min_size=192, max_size=256, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
-        anchor_sizes=((16,), (32,), (64,), (128,), (192,)), canonical_scale=96., rpn_post_nms_top_n_train=200,
+        min_size=288, max_size=384, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
+        anchor_sizes=((24,), (48,), (96,), (192,), (288,)), canonical_scale=144., rpn_fg_iou_thresh=0.5, rpn_post_nms_top_n_train=200,
         rpn_post_nms_top_n_test=100, rpn_pre_nms_top_n_train=400, rpn_pre_nms_top_n_test=200, rpn_batch_size_per_image=128,
-        box_batch_size_per_image=64, box_hidden=512, mask_layers=(128, 128, 128))),
+        box_batch_size_per_image=64, box_layers=(128, 128), box_hidden=(512, 512), mask_layers=(128, 128, 128, 128))),
     "standard": (resnet50_backbone, {}),
     "tiny": (tiny_backbone, dict(
         min_size=64, max_size=64, anchor_sizes=((8,), (16,), (24,), (32,), (48,)), canonical_scale=32., rpn_pre_nms_top_n_train=60,
         rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_train=40, rpn_post_nms_top_n_test=30, rpn_batch_size_per_image=32,
-        box_batch_size_per_image=16, box_hidden=32, mask_layers=(16,))),
+        box_batch_size_per_image=16, box_hidden=(32, 32), mask_layers=(16,))),
 }
 
 # %% ../nbs/10_mask_rcnn.ipynb #1168811b
@@ -333,20 +334,30 @@ def load_model(
     model.load_state_dict(weights)
     return model.to(device).eval(), classes, about["stage"]
 
-# %% ../nbs/10_mask_rcnn.ipynb #dc132ecd
+# %% ../nbs/10_mask_rcnn.ipynb #385d64f2
 _RENAMED = {  # the start of a weight's name here: there; the first that fits counts
-    "rpn_head.": "rpn.head.", "box_head.fc": "roi_heads.box_head.fc", "box_head.": "roi_heads.box_predictor.",
+    "rpn_head.": "rpn.head.", "box_head.convs.": "roi_heads.box_head.", "box_head.": "roi_heads.box_predictor.",
     "mask_head.convs.": "roi_heads.mask_head.", "mask_head.": "roi_heads.mask_predictor.",
 }
 
-# %% ../nbs/10_mask_rcnn.ipynb #f9f021f1
+# %% ../nbs/10_mask_rcnn.ipynb #a03259d1
+def _has_plain_box_head(s:Settings) -> bool:
+    "Two hidden layers of one size and nothing else."
+    return not s.box_layers and len(s.box_hidden) == 2 and s.box_hidden[0] == s.box_hidden[1]
+
+# %% ../nbs/10_mask_rcnn.ipynb #011d56cc
 def torchvision_name(
-    name:str, # of a weight of `MaskRCNN`
+    name:str,                     # of a weight of `MaskRCNN`
+    settings:Settings=Settings(), # of that model
 ) -> str:
     "The name of the same weight in torchvision's Mask R-CNN."
+    if name.startswith("box_head.fcs."):
+        _, _, i, kind = name.split(".")
+        layer = f"fc{6 + int(i)}" if _has_plain_box_head(settings) else len(settings.box_layers) + 1 + 2 * int(i)
+        return f"roi_heads.box_head.{layer}.{kind}"
     return next((there + name.removeprefix(here) for here, there in _RENAMED.items() if name.startswith(here)), name)
 
-# %% ../nbs/10_mask_rcnn.ipynb #a053170b
+# %% ../nbs/10_mask_rcnn.ipynb #22684f5b
 def _settings_of(tv_model):
     "Our `Settings` of a torchvision Mask R-CNN."
     t, rpn, roi = tv_model.transform, tv_model.rpn, tv_model.roi_heads
@@ -362,12 +373,14 @@ def _settings_of(tv_model):
         box_fg_iou_thresh=roi.proposal_matcher.high_threshold, box_bg_iou_thresh=roi.proposal_matcher.low_threshold,
         box_batch_size_per_image=roi.fg_bg_sampler.batch_size_per_image, box_positive_fraction=roi.fg_bg_sampler.positive_fraction,
         bbox_reg_weights=tuple(roi.box_coder.weights), canonical_scale=float(roi.box_roi_pool.canonical_scale),
-        sampling_ratio=roi.box_roi_pool.sampling_ratio, box_hidden=roi.box_head.fc7.out_features,
+        sampling_ratio=roi.box_roi_pool.sampling_ratio,
+        box_layers=tuple(m.out_channels for m in roi.box_head.modules() if isinstance(m, nn.Conv2d)),
+        box_hidden=tuple(m.out_features for m in roi.box_head.modules() if isinstance(m, nn.Linear)),
         mask_layers=tuple(layer[0].out_channels for layer in roi.mask_head))
 
-# %% ../nbs/10_mask_rcnn.ipynb #faf641f2
+# %% ../nbs/10_mask_rcnn.ipynb #688e6a2d
 def from_torchvision(
-    tv_model:nn.Module, # torchvision's MaskRCNN with the plain heads, such as maskrcnn_resnet50_fpn
+    tv_model:nn.Module, # torchvision's MaskRCNN without normalisation in pyramid and heads, such as maskrcnn_resnet50_fpn
 ) -> MaskRCNN:
     "The same model with the same weights, in the same mode: same answers."
     try:
@@ -375,11 +388,11 @@ def from_torchvision(
         widths = [block[0].in_channels for block in tv_model.backbone.fpn.inner_blocks]
         num_classes = tv_model.roi_heads.box_predictor.cls_score.out_features
     except (AttributeError, TypeError) as e:
-        raise ValueError(f"this is not a torchvision Mask R-CNN with the plain heads of maskrcnn_resnet50_fpn: {e}") from e
+        raise ValueError(f"this is not a torchvision Mask R-CNN such as maskrcnn_resnet50_fpn: {e}") from e
     body = Body(body, list(body.return_layers)) if hasattr(body, "return_layers") else body
     model = MaskRCNN(Backbone(body, widths, tv_model.backbone.out_channels), num_classes, **settings)
     theirs = tv_model.state_dict()
-    names = {name: torchvision_name(name) for name in model.state_dict()}
+    names = {name: torchvision_name(name, model.settings) for name in model.state_dict()}
     if differ := set(names.values()) ^ set(theirs): raise ValueError(f"weights that only one side has: {sorted(differ)}")
     model.to(next(tv_model.parameters())).load_state_dict({ours: theirs[there] for ours, there in names.items()})
     for name, weight in model.named_parameters(): weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
@@ -395,25 +408,26 @@ class _TorchvisionBackbone(Backbone):
 
     def forward(self, x): return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
-# %% ../nbs/10_mask_rcnn.ipynb #2f631fcb
+# %% ../nbs/10_mask_rcnn.ipynb #4682a658
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
     "torchvision's Mask R-CNN with the same weights and settings, in the same mode."
-    from torchvision.models.detection import MaskRCNN as Peer, rpn, mask_rcnn as masks
+    from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as boxes, rpn, mask_rcnn as masks
     s = {f.name: getattr(model.settings, f.name) for f in fields(Settings)}
     sizes, ratios, depth = s.pop("anchor_sizes"), s.pop("aspect_ratios"), s.pop("rpn_conv_depth")
-    scale, ratio, hidden, layers = (s.pop(k) for k in ("canonical_scale", "sampling_ratio", "box_hidden", "mask_layers"))
+    scale, ratio, convs, hidden, layers = (s.pop(k) for k in ("canonical_scale", "sampling_ratio", "box_layers", "box_hidden", "mask_layers"))
     channels, levels = model.backbone.out_channels, [str(i) for i in range(len(sizes) - 1)]
     def pool(size): return torchvision.ops.MultiScaleRoIAlign(levels, size, ratio, canonical_scale=int(scale))
     s["image_mean"], s["image_std"] = list(s["image_mean"]), list(s["image_std"])
-    head = torchvision.models.detection.faster_rcnn.TwoMLPHead(channels * 49, hidden)
+    plain = _has_plain_box_head(model.settings)
+    head = boxes.TwoMLPHead(channels * 49, hidden[0]) if plain else boxes.FastRCNNConvFCHead((channels, 7, 7), convs, hidden)
     peer = Peer(_TorchvisionBackbone(model.backbone), rpn_anchor_generator=rpn.AnchorGenerator(sizes, ratios), rpn_head=rpn.RPNHead(
         channels, len(ratios[0]) * len(sizes[0]), depth), box_roi_pool=pool(7), box_head=head, mask_roi_pool=pool(14),
-        box_predictor=torchvision.models.detection.faster_rcnn.FastRCNNPredictor(hidden, model.num_classes),
+        box_predictor=boxes.FastRCNNPredictor(hidden[-1], model.num_classes),
         mask_head=masks.MaskRCNNHeads(channels, layers, 1), mask_predictor=masks.MaskRCNNPredictor(layers[-1], layers[-1], model.num_classes), **s)
-    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({torchvision_name(k): v for k, v in model.state_dict().items()})
-    for name, weight in model.named_parameters(): peer.get_parameter(torchvision_name(name)).requires_grad_(weight.requires_grad)
+    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({torchvision_name(k, model.settings): v for k, v in model.state_dict().items()})
+    for name, weight in model.named_parameters(): peer.get_parameter(torchvision_name(name, model.settings)).requires_grad_(weight.requires_grad)
     return peer.train(model.training)
 
 # %% ../nbs/10_mask_rcnn.ipynb #3e1f56fb

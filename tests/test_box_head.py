@@ -43,11 +43,11 @@ def rows(*columns):
 
 def test_head_has_torchvisions_layers_and_numbers():
     torch.manual_seed(0)
-    head, x = BoxHead(8, 5, 7, 16), torch.randn(6, 8, 7, 7)
+    head, x = BoxHead(8, 5, 7, (16, 16)), torch.randn(6, 8, 7, 7)
     theirs, predictor = TwoMLPHead(8 * 49, 16), FastRCNNPredictor(16, 5)
     weights = head.state_dict()
-    theirs.load_state_dict({k: v for k, v in weights.items() if k.startswith("fc")})
-    predictor.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fc")})
+    theirs.load_state_dict({k.replace("fcs.0", "fc6").replace("fcs.1", "fc7"): v for k, v in weights.items() if k.startswith("fcs")})
+    predictor.load_state_dict({k: v for k, v in weights.items() if not k.startswith("fcs")})
     logits, deltas = head(x)
     for ours, peers in zip((logits, deltas.flatten(1)), predictor(theirs(x))): torch.testing.assert_close(ours, peers)
     assert head(x[:0])[1].shape == (0, 5, 4)

@@ -64,7 +64,7 @@ def test_same_answers_losses_and_gradients_as_torchvision(kind):
     sum(mine.values()).backward()
     sum(theirs.values()).backward()
     for name, weight in ours.named_parameters():
-        there = peer.get_parameter(torchvision_name(name))
+        there = peer.get_parameter(torchvision_name(name, ours.settings))
         assert weight.requires_grad == there.requires_grad
         if weight.requires_grad: assert (weight.grad - there.grad).abs().max() <= 1e-6 * there.grad.abs().max() + 1e-12, name
 

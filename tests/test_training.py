@@ -1,0 +1,88 @@
+"Training: what is frozen does not move, kept results are what was computed, other precisions and worker processes."
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from maskrcnn_course.data import InstanceDataset, collate
+from maskrcnn_course.fpn import Backbone, tiny_backbone
+from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, mask_rcnn
+from maskrcnn_course.scenes import write_scenes
+from maskrcnn_course.training import FrozenResults, Stage, train_stage
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("training") / "scenes.h5", n=10, size=(64, 64), val=2, instances=(1, 3))
+
+
+def with_batch_norm():
+    body = tiny_backbone().body
+    return MaskRCNN(Backbone(body, [8, 16, 16, 16], 16, norm_layer=nn.BatchNorm2d), 4, **PRESETS["tiny"][1])
+
+
+@pytest.mark.parametrize("stage, moves", [("rpn", {"backbone", "rpn_head"}), ("box", {"box_head"}), ("mask", {"mask_head"}),
+                                          ("joint", {"backbone", "rpn_head", "box_head", "mask_head"})])
+def test_only_the_stage_moves_batch_norm_included(scenes, stage, moves):
+    torch.manual_seed(0)
+    model = with_batch_norm()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train_stage(model, stage, scenes, epochs=1, batch_size=4, lr=1e-2)
+    assert {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])} == moves
+
+
+@pytest.mark.parametrize("gigabytes", [0.0, 20.0])
+def test_frozen_results_are_what_the_model_says(scenes, gigabytes):
+    torch.manual_seed(0)
+    model, loader = mask_rcnn("tiny"), DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate)
+    frozen = sorted(FrozenResults(model, loader, gigabytes), key=lambda kept: kept[1][0].sum().item())
+    live = []
+    with torch.no_grad():
+        for images, targets in loader:
+            batch = model.prepare(images, targets)
+            features = model.backbone(batch.images)
+            live.append((features, model.propose(model.run_rpn(features, batch), batch, train=True), batch))
+    live.sort(key=lambda kept: kept[1][0].sum().item())
+    assert len(frozen) == len(live) == 2
+    for (features, proposals, batch), (features_, proposals_, batch_) in zip(frozen, live):
+        for a, b in zip(features, features_): torch.testing.assert_close(a.float(), b, rtol=2 ** -4, atol=2 ** -9)
+        for a, b in zip(proposals, proposals_): assert torch.equal(a, b)
+        assert batch.images.shape == batch_.images.shape and batch.targets.keys() == batch_.targets.keys()
+        for k in batch.targets: assert torch.equal(batch.targets[k], batch_.targets[k])
+
+
+def test_values_too_large_for_8_bits_are_cut(scenes):
+    model = mask_rcnn("tiny")
+    for block in model.backbone.fpn.layer_blocks: block[0].weight.data *= 1e6
+    frozen = FrozenResults(model, DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate))
+    for features, *_ in frozen:
+        assert all(f.float().isfinite().all() for f in features) and max(f.float().abs().max() for f in features) == 448
+
+
+@pytest.mark.parametrize("stage", ["box", "mask"])
+def test_a_frozen_stage_learns(scenes, stage):
+    torch.manual_seed(0)
+    history = train_stage(mask_rcnn("tiny"), stage, scenes, epochs=20, batch_size=4, lr=1e-2)
+    first, last = (sum(row["train"].values()) for row in (history[0], history[-1]))
+    assert last < 0.95 * first
+
+
+def test_other_precision_and_workers(scenes, tmp_path):
+    "In a process of its own: accelerate settles the precision once for each."
+    code = "import sys; from maskrcnn_course.cli import main; main(sys.argv[1:])"
+    words = ["train", scenes, "--out", tmp_path / "run", "--preset", "tiny", "--epochs", "1", "--workers", "2", "--mixed-precision", "bf16"]
+    subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, capture_output=True)
+    history = json.loads((tmp_path / "run/history.json").read_text())
+    assert [h["stage"] for h in history] == ["rpn", "box", "mask"]
+    assert all(math.isfinite(v) for h in history for part in ("train", "val") for v in h[part].values())
+    model, classes, stage = load_model(tmp_path / "run/model.safetensors")
+    assert stage == "mask" and all(v.dtype in (torch.float32, torch.int64) for v in model.state_dict().values())
+
+
+def test_stage_refuses_a_name_that_is_none():
+    with pytest.raises(KeyError): Stage(mask_rcnn("tiny"), "masks")
