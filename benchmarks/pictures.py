@@ -53,7 +53,7 @@ def main():
     picture = to_pil_image(grid)
     picture.resize((1200, round(1200 * picture.height / picture.width)), Image.LANCZOS).save(IMAGES / f"{args.kind}_masks.jpg", quality=85)
     if credits:
-        text = ["# Credits", "", "The photos of `photos_masks.jpg`, row by row; cropped and scaled by COCO's users, masks and boxes drawn by us.", "",
+        text = ["# Credits", "", "The photos of `photos_masks.jpg`, row by row: cropped and scaled, with masks and boxes drawn over them.", "",
                 "| | photo | from | licence |", "|---|---|---|---|", *credits, ""]
         (IMAGES / "CREDITS.md").write_text("\n".join(text))
 
