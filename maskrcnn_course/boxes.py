@@ -132,17 +132,19 @@ def nms_mask(
         k[i[batched_nms(b[i], s[i], g[i], iou_threshold)]] = True
     return keep
 
-# %% ../nbs/02_boxes.ipynb #e49e6c34
+# %% ../nbs/02_boxes.ipynb #97c42d16
 def apply_to_valid(
     function,                      # takes tensors [k, ...] and returns one, or a tuple of them
     valid:Bool[Tensor, "batch n"], # which entries are real
     *tensors:Tensor,               # each [batch, n, ...]
+    drop:bool=False,               # on a GPU too: for a function that must not see padding
 ) -> Tensor|tuple:
     "`function` of every entry; on the CPU, where asking costs nothing, of the real ones alone, and zeros elsewhere."
+    all_of_them = valid.is_cuda and not drop
     def back(out):
-        if valid.is_cuda: return out.unflatten(0, valid.shape)
+        if all_of_them: return out.unflatten(0, valid.shape)
         return out.new_zeros(*valid.shape, *out.shape[1:]).index_put((valid,), out)
-    out = function(*(t.flatten(0, 1) if valid.is_cuda else t[valid] for t in tensors))
+    out = function(*(t.flatten(0, 1) if all_of_them else t[valid] for t in tensors))
     return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
 
 # %% ../nbs/02_boxes.ipynb #3c3d4a8b

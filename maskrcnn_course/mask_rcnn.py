@@ -2,9 +2,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'Settings', 'Batch', 'Samples', 'MaskRCNN', 'mask_rcnn', 'save_model', 'load_model', 'torchvision_name',
-           'from_torchvision', 'to_torchvision']
+           'from_torchvision', 'to_torchvision', 'from_pretrained']
 
-# %% ../nbs/10_mask_rcnn.ipynb #f4b3ea74
+# %% ../nbs/10_mask_rcnn.ipynb #52f5c385
 import copy
 import json
 import os
@@ -20,21 +20,24 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.misc import FrozenBatchNorm2d
 from .data import pad_images, pad_targets
 from .boxes import apply_to_valid, gather_boxes
 from .anchors import AnchorGenerator
 from .rpn import RPNHead, filter_proposals, rpn_loss
-from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, tiny_backbone
+from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, resnet50_v2_backbone, tiny_backbone
 from .roi_align import multiscale_roi_align
 from .box_head import BoxHead, box_loss, filter_detections, select_training_samples
 from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
 
-# %% ../nbs/10_mask_rcnn.ipynb #516010df
+# %% ../nbs/10_mask_rcnn.ipynb #63d110e7
 @dataclass(frozen=True)
 class Settings:
     "Every number of the model, under torchvision's name and with the paper's value."
-    min_size:int = 800                       # shorter side of an image inside the model, in pixels ...
+    min_size:int|tuple = 800                 # shorter side of an image inside the model, in pixels; of several, training draws one, detecting takes the last ...
     max_size:int = 1333                      # ... unless the longer side would exceed this
+    fixed_size:tuple|None = None             # width and height instead of these two
+    size_divisible:int = 32                  # a padded batch's height and width are multiples of this
     image_mean:tuple = (0.485, 0.456, 0.406) # of the photos that the body was pretrained on
     image_std:tuple = (0.229, 0.224, 0.225)
     anchor_sizes:tuple = ((32,), (64,), (128,), (256,), (512,)) # per level, in pixels
@@ -59,10 +62,13 @@ class Settings:
     box_positive_fraction:float = 0.25
     bbox_reg_weights:tuple = (10., 10., 5., 5.)
     canonical_scale:float = 224.             # a box with sides of this many pixels belongs to pyramid level 4
-    sampling_ratio:int = 2                   # RoIAlign's samples per side of a bin
+    sampling_ratio:int = 2                   # RoIAlign's samples per side of a bin; -1: as many as cells lie in it
+    box_output_size:int = 7                  # bins per side of the RoI features of the box head ...
+    mask_output_size:int = 14                # ... and of the mask head
     box_layers:tuple = ()                    # channels of the box head's 3x3 layers
     box_hidden:tuple = (1024, 1024)          # units of its fully connected layers
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
+    head_norm:bool = False                   # batch norm after the 3x3 layers of both heads
 
 # %% ../nbs/10_mask_rcnn.ipynb #953c65db
 class Batch(NamedTuple):
@@ -91,7 +97,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #75d91ed0
+# %% ../nbs/10_mask_rcnn.ipynb #8f91b3f3
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -106,8 +112,9 @@ class MaskRCNN(nn.Module):
         self.num_classes, self.backbone = num_classes, backbone
         self.anchor_generator = AnchorGenerator(s.anchor_sizes, s.aspect_ratios)
         self.rpn_head = RPNHead(backbone.out_channels, self.anchor_generator.num_anchors_per_location()[0], s.rpn_conv_depth)
-        self.box_head = BoxHead(backbone.out_channels, num_classes, 7, s.box_hidden, s.box_layers)
-        self.mask_head = MaskHead(backbone.out_channels, num_classes, s.mask_layers)
+        norm_layer = nn.BatchNorm2d if s.head_norm else None
+        self.box_head = BoxHead(backbone.out_channels, num_classes, s.box_output_size, s.box_hidden, s.box_layers, norm_layer)
+        self.mask_head = MaskHead(backbone.out_channels, num_classes, s.mask_layers, norm_layer)
 
     def forward(self,
         images:list,                         # [3, height, width] each, 0...1
@@ -115,7 +122,7 @@ class MaskRCNN(nn.Module):
         generator:torch.Generator|None=None, # for the same samples again
     ) -> list|dict:                          # predictions of each image; with targets, the five losses
         "Detections with masks, in the coordinates of the images as they came; or what is wrong with them."
-        batch = self.prepare(images, targets)
+        batch = self.prepare(images, targets, generator)
         features = self.backbone(batch.images)
         rpn = self.run_rpn(features, batch)
         if targets is not None:
@@ -128,6 +135,7 @@ class MaskRCNN(nn.Module):
     def prepare(self,
         images:list,            # [3, height, width] each, 0...1
         targets:list|None=None, # torchvision's dicts
+        generator:torch.Generator|None=None, # for the same choice among several sizes
     ) -> Batch:
         "Normalise, resize by the shorter side, pad; targets likewise."
         s, device = self.settings, self.rpn_head.cls_logits.weight.device
@@ -138,9 +146,9 @@ class MaskRCNN(nn.Module):
                 raise ValueError(f"image {i} is {image.dtype} of shape {list(image.shape)}; expected floats of shape [3, height, width]")
             image = image.to(device, non_blocking=True)
             mean, std = (torch.tensor(v, dtype=image.dtype, device=device)[:, None, None] for v in (s.image_mean, s.image_std))
-            resized.append(_resize(((image - mean) / std)[None], self._size(image), "bilinear")[0])
+            resized.append(_resize(((image - mean) / std)[None], self._size(image, generator), "bilinear")[0])
             originals.append(tuple(image.shape[-2:]))
-        images, sizes = pad_images(resized)
+        images, sizes = pad_images(resized, s.size_divisible)
         if targets is None: return Batch(images, sizes.to(device), originals, None)
         targets = pad_targets([self._check_target(t, i) for i, t in enumerate(targets)], device)
         ratio = sizes.to(device) / torch.tensor(originals, device=device)
@@ -150,12 +158,18 @@ class MaskRCNN(nn.Module):
         targets["first_mask"] = torch.tensor([0, *map(len, masks)], device=device).cumsum(0)[:-1]
         return Batch(images, sizes.to(device), originals, targets | {"masks": torch.cat(masks)})
 
-    def _size(self, image):
-        "Height and width inside the model; in float32, so that it rounds as torchvision does."
-        h, w = image.shape[-2:]
-        low, high = torch.tensor(float(min(h, w))), torch.tensor(float(max(h, w)))
-        scale = torch.minimum(self.settings.min_size / low, self.settings.max_size / high).item()
+    def _size(self, image, generator=None):
+        "Height and width inside the model, rounded as torchvision does."
+        s, (h, w) = self.settings, image.shape[-2:]
+        if s.fixed_size: return s.fixed_size[1], s.fixed_size[0]
+        low = s.min_size
+        if isinstance(low, tuple): low = low[self._draw(len(low), generator) if self.training else -1]
+        scale = min(low / min(h, w), s.max_size / max(h, w))
         return int(h * scale), int(w * scale)
+
+    def _draw(self, n, generator):
+        "A whole number below `n`."
+        return torch.randint(n, (), generator=generator, device=generator.device if generator else "cpu").item()
 
     def _check_target(self, target, i):
         "The target of image `i`, with `iscrowd`; a ValueError that names what is wrong."
@@ -206,11 +220,17 @@ class MaskRCNN(nn.Module):
 
     def run_box_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch) -> tuple:
         "Class logits [batch, n, classes] and deltas [batch, n, classes, 4] of every box."
-        return apply_to_valid(lambda rois: self.box_head(self.roi_features(features, rois, 7, batch)), valid, _rois(boxes))
+        head = lambda rois: self.box_head(self.roi_features(features, rois, self.settings.box_output_size, batch))
+        return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.box_head))
 
     def run_mask_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch) -> Tensor:
         "Mask logits [batch, n, classes, 28, 28] of every box."
-        return apply_to_valid(lambda rois: self.mask_head(self.roi_features(features, rois, 14, batch)), valid, _rois(boxes))
+        head = lambda rois: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch))
+        return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.mask_head))
+
+    def _drops_padding(self, head):
+        "Padding must not enter a batch norm's statistics."
+        return self.settings.head_norm and head.training
 
     def box_losses(self, features:list, samples:Samples, batch:Batch) -> dict:
         "What the box head got wrong."
@@ -268,7 +288,7 @@ class MaskRCNN(nn.Module):
                     detections=dict(zip(("boxes", "labels", "scores", "valid"), detections)),
                     mask_logits=mask_logits, predictions=self.postprocess(detections, mask_logits, batch))
 
-# %% ../nbs/10_mask_rcnn.ipynb #0fc3d889
+# %% ../nbs/10_mask_rcnn.ipynb #bc6323ee
 PRESETS = {
     "laptop": (lite0_backbone, dict(
         min_size=288, max_size=384, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
@@ -276,15 +296,16 @@ PRESETS = {
         rpn_post_nms_top_n_test=100, rpn_pre_nms_top_n_train=400, rpn_pre_nms_top_n_test=200, rpn_batch_size_per_image=128,
         box_batch_size_per_image=64, box_layers=(128, 128), box_hidden=(512, 512), mask_layers=(128, 128, 128, 128))),
     "standard": (resnet50_backbone, {}),
+    "standard_v2": (resnet50_v2_backbone, dict(rpn_conv_depth=2, box_layers=(256, 256, 256, 256), box_hidden=(1024,), head_norm=True)),
     "tiny": (tiny_backbone, dict(
         min_size=64, max_size=64, anchor_sizes=((8,), (16,), (24,), (32,), (48,)), canonical_scale=32., rpn_pre_nms_top_n_train=60,
         rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_train=40, rpn_post_nms_top_n_test=30, rpn_batch_size_per_image=32,
         box_batch_size_per_image=16, box_hidden=(32, 32), mask_layers=(16,))),
 }
 
-# %% ../nbs/10_mask_rcnn.ipynb #1168811b
+# %% ../nbs/10_mask_rcnn.ipynb #2258750a
 def mask_rcnn(
-    preset:str="laptop",   # "laptop", "standard" or "tiny"
+    preset:str="laptop",   # "laptop", "standard", "standard_v2" or "tiny"
     num_classes:int=4,     # classes with background
     pretrained:bool=True,  # start the body from ImageNet weights
     **settings,            # fields of `Settings` that differ from the preset's
@@ -296,7 +317,17 @@ def mask_rcnn(
     model.preset = preset
     return model
 
-# %% ../nbs/10_mask_rcnn.ipynb #35241341
+# %% ../nbs/10_mask_rcnn.ipynb #649f994f
+def _preset_of(model):
+    "The preset that has this model's architecture."
+    def shapes(m): return {k: v.shape for k, v in m.state_dict().items()}
+    for name, (backbone, _) in PRESETS.items():
+        with torch.device("meta"): other = MaskRCNN(backbone(pretrained=False), model.num_classes, **vars(model.settings))
+        if shapes(other) == shapes(model): return name
+    raise ValueError(f"no preset ({', '.join(PRESETS)}) has this model's architecture, so load_model could not build it again; "
+                     "keep it as torchvision's: torch.save(model.to_torchvision().state_dict(), path)")
+
+# %% ../nbs/10_mask_rcnn.ipynb #01c20b04
 def save_model(
     model:MaskRCNN,
     path:str|Path,  # a .safetensors file; replaced in one step if it exists
@@ -305,16 +336,16 @@ def save_model(
 ) -> Path:
     "Write the weights with all that `load_model` needs; never a half-written file."
     path = Path(path)
+    about = dict(preset=getattr(model, "preset", None) or _preset_of(model), classes=json.dumps(list(classes)), stage=stage, settings=json.dumps(vars(model.settings)),
+                 norm_eps=json.dumps([m.eps for m in model.backbone.body.modules() if isinstance(m, FrozenBatchNorm2d)]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {f.name: getattr(model.settings, f.name) for f in fields(Settings)}
-    about = dict(preset=model.preset, classes=json.dumps(list(classes)), stage=stage, settings=json.dumps(settings))
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     part = path.with_name(path.name + ".part")
     save_file(weights, part, about)
     os.replace(part, path)
     return path
 
-# %% ../nbs/10_mask_rcnn.ipynb #1137722f
+# %% ../nbs/10_mask_rcnn.ipynb #96196456
 def load_model(
     path:str|Path,     # a .safetensors file written by `save_model`
     device:str="cpu",  # where the model goes
@@ -332,6 +363,8 @@ def load_model(
     classes, settings = json.loads(about["classes"]), {k: tuples(v) for k, v in json.loads(about["settings"]).items()}
     model = mask_rcnn(about["preset"], len(classes) + 1, pretrained=False, **settings)
     model.load_state_dict(weights)
+    frozen = [m for m in model.backbone.body.modules() if isinstance(m, FrozenBatchNorm2d)]
+    for layer, eps in zip(frozen, json.loads(about.get("norm_eps", "[]"))): layer.eps = eps  # torchvision's first COCO weights have 0
     return model.to(device).eval(), classes, about["stage"]
 
 # %% ../nbs/10_mask_rcnn.ipynb #385d64f2
@@ -357,12 +390,14 @@ def torchvision_name(
         return f"roi_heads.box_head.{layer}.{kind}"
     return next((there + name.removeprefix(here) for here, there in _RENAMED.items() if name.startswith(here)), name)
 
-# %% ../nbs/10_mask_rcnn.ipynb #22684f5b
+# %% ../nbs/10_mask_rcnn.ipynb #b67d7bf0
 def _settings_of(tv_model):
     "Our `Settings` of a torchvision Mask R-CNN."
     t, rpn, roi = tv_model.transform, tv_model.rpn, tv_model.roi_heads
+    pool, convs = roi.box_roi_pool, [m for m in roi.box_head.modules() if isinstance(m, nn.Conv2d)]
     return dict(
-        min_size=t.min_size[-1], max_size=t.max_size, image_mean=tuple(t.image_mean), image_std=tuple(t.image_std),
+        min_size=t.min_size[0] if len(t.min_size) == 1 else tuple(t.min_size), max_size=t.max_size,
+        fixed_size=t.fixed_size and tuple(t.fixed_size), size_divisible=t.size_divisible, image_mean=tuple(t.image_mean), image_std=tuple(t.image_std),
         anchor_sizes=tuple(map(tuple, rpn.anchor_generator.sizes)), aspect_ratios=tuple(map(tuple, rpn.anchor_generator.aspect_ratios)),
         rpn_conv_depth=len(rpn.head.conv),
         **{f"rpn_{k}_top_n_{part}": getattr(rpn, f"_{k}_top_n")[f"{part}ing"] for k in ("pre_nms", "post_nms") for part in ("train", "test")},
@@ -372,64 +407,112 @@ def _settings_of(tv_model):
         box_score_thresh=roi.score_thresh, box_nms_thresh=roi.nms_thresh, box_detections_per_img=roi.detections_per_img,
         box_fg_iou_thresh=roi.proposal_matcher.high_threshold, box_bg_iou_thresh=roi.proposal_matcher.low_threshold,
         box_batch_size_per_image=roi.fg_bg_sampler.batch_size_per_image, box_positive_fraction=roi.fg_bg_sampler.positive_fraction,
-        bbox_reg_weights=tuple(roi.box_coder.weights), canonical_scale=float(roi.box_roi_pool.canonical_scale),
-        sampling_ratio=roi.box_roi_pool.sampling_ratio,
-        box_layers=tuple(m.out_channels for m in roi.box_head.modules() if isinstance(m, nn.Conv2d)),
+        bbox_reg_weights=tuple(roi.box_coder.weights), sampling_ratio=pool.sampling_ratio,
+        canonical_scale=float(pool.canonical_scale * 2.0 ** (4 - pool.canonical_level)),  # where level 4 would begin
+        box_output_size=pool.output_size[0], mask_output_size=roi.mask_roi_pool.output_size[0],
+        box_layers=tuple(m.out_channels for m in convs), head_norm=len(roi.mask_head[0]) == 3,
         box_hidden=tuple(m.out_features for m in roi.box_head.modules() if isinstance(m, nn.Linear)),
         mask_layers=tuple(layer[0].out_channels for layer in roi.mask_head))
 
-# %% ../nbs/10_mask_rcnn.ipynb #688e6a2d
+# %% ../nbs/10_mask_rcnn.ipynb #2e828c77
+def _without_counterpart(tv_model):
+    "What of this torchvision model ours cannot be, in words."
+    roi, maps = tv_model.roi_heads, getattr(tv_model.backbone.body, "return_layers", {})
+    box, mask = pools = roi.box_roi_pool, roi.mask_roi_pool
+    if not isinstance(tv_model.backbone.fpn.extra_blocks, LastLevelMaxPool): yield "a last level that is not the max pool of the one before"
+    if set(maps.values()) - set(box.featmap_names) or "pool" in box.featmap_names: yield "RoIs that are not taken from all levels but the last"
+    if any(a != b for a, b in (p.output_size for p in pools)): yield "RoI features that are not square"
+    if any(getattr(box, k) != getattr(mask, k) for k in ("featmap_names", "sampling_ratio", "canonical_scale", "canonical_level")):
+        yield "RoI poolers of the two heads that differ in more than their output size"
+    if any(layer[0].dilation != (1, 1) for layer in roi.mask_head): yield "a dilated mask head"
+    if roi.has_keypoint(): yield "a keypoint head"
+    if len(set(tv_model.rpn.anchor_generator.num_anchors_per_location())) > 1: yield "levels with different numbers of anchors"
+
+# %% ../nbs/10_mask_rcnn.ipynb #aa2a1a1f
+def _check_weights(ours, theirs):
+    "A ValueError that names the weights which do not fit: `ours` and `theirs` from names, both torchvision's, to tensors."
+    odd = [f"{k} (missing there)" for k in ours.keys() - theirs.keys()] + [f"{k} (missing here)" for k in theirs.keys() - ours.keys()]
+    odd += [f"{k} ({list(theirs[k].shape)} there, {list(v.shape)} here)" for k, v in ours.items() if k in theirs and v.shape != theirs[k].shape]
+    if odd: raise ValueError(f"{len(odd)} weights do not fit: {', '.join(sorted(odd))}")
+
+# %% ../nbs/10_mask_rcnn.ipynb #0a483106
 def from_torchvision(
-    tv_model:nn.Module, # torchvision's MaskRCNN without normalisation in pyramid and heads, such as maskrcnn_resnet50_fpn
+    tv_model:nn.Module, # torchvision's MaskRCNN on a feature pyramid, such as maskrcnn_resnet50_fpn or maskrcnn_resnet50_fpn_v2
 ) -> MaskRCNN:
-    "The same model with the same weights, in the same mode: same answers."
+    "The same model with the same weights, in the same mode: same answers. ValueError for what has no counterpart here."
     try:
         body, settings = copy.deepcopy(tv_model.backbone.body), _settings_of(tv_model)
-        widths = [block[0].in_channels for block in tv_model.backbone.fpn.inner_blocks]
+        blocks = tv_model.backbone.fpn.inner_blocks
+        widths, norms = [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
         num_classes = tv_model.roi_heads.box_predictor.cls_score.out_features
-    except (AttributeError, TypeError) as e:
+        if missing := list(_without_counterpart(tv_model)): raise ValueError(f"this torchvision model has {' and '.join(missing)}; ours cannot")
+    except (AttributeError, TypeError, IndexError) as e:
         raise ValueError(f"this is not a torchvision Mask R-CNN such as maskrcnn_resnet50_fpn: {e}") from e
     body = Body(body, list(body.return_layers)) if hasattr(body, "return_layers") else body
-    model = MaskRCNN(Backbone(body, widths, tv_model.backbone.out_channels), num_classes, **settings)
-    theirs = tv_model.state_dict()
-    names = {name: torchvision_name(name, model.settings) for name in model.state_dict()}
-    if differ := set(names.values()) ^ set(theirs): raise ValueError(f"weights that only one side has: {sorted(differ)}")
+    frozen_norm = getattr(tv_model.backbone, "frozen_norm", False)  # only a model that went there from here has it
+    model = MaskRCNN(Backbone(body, widths, tv_model.backbone.out_channels, *norms[:1], frozen_norm=frozen_norm), num_classes, **settings)
+    theirs, names = tv_model.state_dict(), {name: torchvision_name(name, model.settings) for name in model.state_dict()}
+    _check_weights({names[k]: v for k, v in model.state_dict().items()}, theirs)
     model.to(next(tv_model.parameters())).load_state_dict({ours: theirs[there] for ours, there in names.items()})
     for name, weight in model.named_parameters(): weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
     return model.train(tv_model.training)
 
-# %% ../nbs/10_mask_rcnn.ipynb #4c33709f
+# %% ../nbs/10_mask_rcnn.ipynb #cc526496
 class _TorchvisionBackbone(Backbone):
     "Our body under torchvision's pyramid."
     def __init__(self, backbone):
-        widths = [block[0].in_channels for block in backbone.fpn.inner_blocks]
-        super().__init__(copy.deepcopy(backbone.body), widths, backbone.out_channels)
-        self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool())
+        blocks = backbone.fpn.inner_blocks
+        widths, norms = [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
+        super().__init__(copy.deepcopy(backbone.body), widths, backbone.out_channels, frozen_norm=backbone.frozen_norm)
+        self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool(), *norms)
 
     def forward(self, x): return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))
 
-# %% ../nbs/10_mask_rcnn.ipynb #4682a658
+# %% ../nbs/10_mask_rcnn.ipynb #73d2997c
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
     "torchvision's Mask R-CNN with the same weights and settings, in the same mode."
     from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as boxes, rpn, mask_rcnn as masks
-    s = {f.name: getattr(model.settings, f.name) for f in fields(Settings)}
-    sizes, ratios, depth = s.pop("anchor_sizes"), s.pop("aspect_ratios"), s.pop("rpn_conv_depth")
-    scale, ratio, convs, hidden, layers = (s.pop(k) for k in ("canonical_scale", "sampling_ratio", "box_layers", "box_hidden", "mask_layers"))
-    channels, levels = model.backbone.out_channels, [str(i) for i in range(len(sizes) - 1)]
-    def pool(size): return torchvision.ops.MultiScaleRoIAlign(levels, size, ratio, canonical_scale=int(scale))
-    s["image_mean"], s["image_std"] = list(s["image_mean"]), list(s["image_std"])
-    plain = _has_plain_box_head(model.settings)
-    head = boxes.TwoMLPHead(channels * 49, hidden[0]) if plain else boxes.FastRCNNConvFCHead((channels, 7, 7), convs, hidden)
-    peer = Peer(_TorchvisionBackbone(model.backbone), rpn_anchor_generator=rpn.AnchorGenerator(sizes, ratios), rpn_head=rpn.RPNHead(
-        channels, len(ratios[0]) * len(sizes[0]), depth), box_roi_pool=pool(7), box_head=head, mask_roi_pool=pool(14),
-        box_predictor=boxes.FastRCNNPredictor(hidden[-1], model.num_classes),
-        mask_head=masks.MaskRCNNHeads(channels, layers, 1), mask_predictor=masks.MaskRCNNPredictor(layers[-1], layers[-1], model.num_classes), **s)
-    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({torchvision_name(k, model.settings): v for k, v in model.state_dict().items()})
-    for name, weight in model.named_parameters(): peer.get_parameter(torchvision_name(name, model.settings)).requires_grad_(weight.requires_grad)
+    s, given = model.settings, dict(vars(model.settings))
+    for name in ("anchor_sizes", "aspect_ratios", "rpn_conv_depth", "canonical_scale", "sampling_ratio", "box_output_size", "mask_output_size",
+                 "box_layers", "box_hidden", "mask_layers", "head_norm"): del given[name]  # parts below; the rest are arguments there
+    given.update(image_mean=list(s.image_mean), image_std=list(s.image_std))
+    channels, norm = model.backbone.out_channels, nn.BatchNorm2d if s.head_norm else None
+    levels, scale = [str(i) for i in range(len(s.anchor_sizes) - 1)], int(s.canonical_scale) if s.canonical_scale % 1 == 0 else s.canonical_scale
+    def pool(size): return torchvision.ops.MultiScaleRoIAlign(levels, size, s.sampling_ratio, canonical_scale=scale)
+    if _has_plain_box_head(s): head = boxes.TwoMLPHead(channels * s.box_output_size ** 2, s.box_hidden[0])
+    else: head = boxes.FastRCNNConvFCHead((channels, s.box_output_size, s.box_output_size), s.box_layers, s.box_hidden, norm)
+    anchors = rpn.AnchorGenerator(s.anchor_sizes, s.aspect_ratios)
+    peer = Peer(_TorchvisionBackbone(model.backbone), rpn_anchor_generator=anchors,
+                rpn_head=rpn.RPNHead(channels, anchors.num_anchors_per_location()[0], s.rpn_conv_depth),
+                box_roi_pool=pool(s.box_output_size), box_head=head, box_predictor=boxes.FastRCNNPredictor(s.box_hidden[-1], model.num_classes),
+                mask_roi_pool=pool(s.mask_output_size), mask_head=masks.MaskRCNNHeads(channels, s.mask_layers, 1, norm),
+                mask_predictor=masks.MaskRCNNPredictor(s.mask_layers[-1], s.mask_layers[-1], model.num_classes), **given)
+    names = {k: torchvision_name(k, s) for k in model.state_dict()}
+    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({names[k]: v for k, v in model.state_dict().items()})
+    for name, weight in model.named_parameters(): peer.get_parameter(names[name]).requires_grad_(weight.requires_grad)
     return peer.train(model.training)
 
 # %% ../nbs/10_mask_rcnn.ipynb #3e1f56fb
 MaskRCNN.from_torchvision = staticmethod(from_torchvision)
 MaskRCNN.to_torchvision = to_torchvision
+
+# %% ../nbs/10_mask_rcnn.ipynb #0e473431
+def from_pretrained(
+    name:str="coco", # "coco": torchvision's maskrcnn_resnet50_fpn; "coco_v2": its maskrcnn_resnet50_fpn_v2
+) -> MaskRCNN:
+    "A model that knows COCO, in eval mode; its `classes` are the names of labels 1 to 90, its `source` is the file's address."
+    peers = {"coco": "maskrcnn_resnet50_fpn", "coco_v2": "maskrcnn_resnet50_fpn_v2"}
+    if name not in peers: raise ValueError(f"no weights called {name!r}; there are {sorted(peers)}")
+    weights = torchvision.models.get_model_weights(peers[name]).DEFAULT
+    try: peer = torchvision.models.get_model(peers[name], weights=weights)
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"the COCO weights could not be had from {weights.url} ({e}); connect to a network, or put the whole file into "
+                      f"{torch.hub.get_dir()}/checkpoints") from e
+    model = from_torchvision(peer.eval())
+    model.classes, model.source = weights.meta["categories"][1:], weights.url
+    return model
+
+# %% ../nbs/10_mask_rcnn.ipynb #82dbadf8
+MaskRCNN.from_pretrained = staticmethod(from_pretrained)

@@ -67,19 +67,27 @@ def _bin_cells(
     weights = wy[:, :, None, :, None] * wx[:, None, :, None, :]
     return cells.flatten(0, 2).flatten(1), weights.flatten(0, 2).flatten(1)
 
-# %% ../nbs/06_roi_align.ipynb #c7268cf4
+# %% ../nbs/06_roi_align.ipynb #4a94d99e
+def _level_by_level(features, rois, output_size, powers, level):
+    "Adaptive RoIAlign of every box on its level, in the order of the boxes."
+    index = [(level == i).nonzero()[:, 0] for i in range(len(features))]
+    bins = [roi_align(f.to(rois), rois[i], output_size, 2.0 ** -k).to(f) for f, i, k in zip(features, index, powers)]
+    return torch.cat(bins)[torch.cat(index).argsort()]
+
+# %% ../nbs/06_roi_align.ipynb #b725f6c3
 def multiscale_roi_align(
     features:list,                # a map [batch, channels, rows, columns] per level, finest first, strides powers of 2
     rois:Float[Tensor, "k 5"],    # image index, x1 y1 x2 y2 in pixels
     output_size:int,              # bins per side
     image_size:tuple,             # height and width of the padded batch, in pixels
-    sampling_ratio:int=2,         # samples per side of a bin
+    sampling_ratio:int=2,         # samples per side of a bin; -1: as many as cells lie in it, each level on its own
     canonical_scale:float=224.,   # a box with sides of this many pixels ...
     canonical_level:int=4,        # ... belongs to this level
 ) -> Float[Tensor, "k c bins bins"]:
     "RoIAlign of every box on the level that serves it, all levels at once: a weighted sum of rows of one table."
     powers = [round(math.log2(image_size[0] / f.shape[-2])) for f in features]
     level = roi_levels(rois[:, 1:], powers[0], powers[-1], canonical_scale, canonical_level)
+    if sampling_ratio <= 0: return _level_by_level(features, rois, output_size, powers, level)
     table = torch.cat([f.permute(0, 2, 3, 1).flatten(0, 2) for f in features])
     levels, first = [], 0
     for f, k in zip(features, powers):

@@ -7,8 +7,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from maskrcnn_course import evaluation
+from maskrcnn_course.data import InstanceDataset
 from maskrcnn_course.evaluation import (average_precision, evaluate, paired_iou, proposal_recall,
                                         results_from_predictions, rpn_accuracy)
+from maskrcnn_course.scenes import write_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
@@ -301,3 +303,43 @@ def test_solutions_in_the_notebook_pass_their_checks():
     solutions = [s for text, kind in sources if kind == "markdown" for s in re.findall(r"```py\n(.*?)```", text, re.S)]
     assert len(solutions) == 2
     for s in solutions: exec(s, names)
+
+
+def as_predictions(gt, seed):
+    "Every object up to three times, shifted, some as another class: in torchvision's form, and the images' ids."
+    rng, predictions = np.random.default_rng(seed), []
+    for image in gt["images"]:
+        boxes, labels, scores, masks = [], [], [], []
+        for a in (a for a in gt["annotations"] if a["image_id"] == image["id"]):
+            for _ in range(rng.integers(0, 4)):
+                dx, dy = rng.integers(-6, 7, 2)
+                masks.append(np.roll(coco_mask.decode(a["segmentation"]), (dy, dx), (0, 1)))
+                x, y, w, h = a["bbox"]
+                boxes.append([x + dx, y + dy, x + dx + w, y + dy + h])
+                labels.append(a["category_id"] if rng.random() < .8 else rng.integers(1, 4))
+                scores.append(rng.random())
+        n = len(boxes)
+        masks = np.stack(masks)[:, None] if n else np.zeros((0, 1, image["height"], image["width"]))
+        predictions.append(dict(boxes=torch.tensor(boxes).reshape(n, 4).float(), labels=torch.tensor(labels, dtype=torch.long),
+                                scores=torch.tensor(scores, dtype=torch.float32), masks=torch.tensor(masks, dtype=torch.float32)))
+    return predictions, [image["id"] for image in gt["images"]]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_scenes_and_files_that_others_read(tmp_path, iou_type):
+    "Ground truth and results as files: ours, pycocotools and faster-coco-eval read them, and agree."
+    faster = pytest.importorskip("faster_coco_eval")
+    write_scenes(tmp_path / "scenes.h5", 40, (96, 128), val=30)
+    gt = InstanceDataset(tmp_path / "scenes.h5", "val").coco()
+    results = results_from_predictions(*as_predictions(gt, 0))
+    paths = [tmp_path / "truth.json", tmp_path / "results.json"]
+    for path, content in zip(paths, (gt, results)): path.write_text(json.dumps(content))
+    ours = evaluate(*paths, iou_type)
+    assert 0.02 < ours["AP"] < 0.9 and min(c["AP"] for c in ours["per_class"].values()) > 0
+    assert_equal(gt, results, iou_type)
+    for coco, evaluation_class in ((COCO, COCOeval), (faster.COCO, faster.COCOeval_faster)):
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = coco(str(paths[0]))
+            e = evaluation_class(truth, truth.loadRes(str(paths[1])), iou_type)
+            e.evaluate(), e.accumulate(), e.summarize()
+        np.testing.assert_allclose([ours[k] for k in NAMES], e.stats[:12], rtol=0, atol=1e-12)
