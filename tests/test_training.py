@@ -13,7 +13,7 @@ from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.fpn import Backbone, tiny_backbone
 from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, mask_rcnn
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.training import FrozenResults, Stage, train_stage
+from maskrcnn_course.training import FrozenResults, Stage, class_maps, train_stage
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,45 @@ def test_other_precision_and_workers(scenes, tmp_path):
 
 def test_stage_refuses_a_name_that_is_none():
     with pytest.raises(KeyError): Stage(mask_rcnn("tiny"), "masks")
+
+
+def square(labels, *corners, size=64):
+    "A target of squares with sides of 16 pixels."
+    masks = torch.zeros(len(labels), size, size, dtype=torch.uint8)
+    for mask, (x, y) in zip(masks, corners): mask[y:y + 16, x:x + 16] = 1
+    boxes = torch.tensor([[x, y, x + 16, y + 16] for x, y in corners], dtype=torch.float32).reshape(-1, 4)
+    return dict(boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), masks=masks, iscrowd=torch.zeros(len(labels), dtype=torch.long))
+
+
+def test_the_class_of_every_pixel():
+    crowd = square([1, 3], (0, 0), (32, 32))
+    crowd["iscrowd"][0] = 1
+    targets = [square([3, 1], (0, 0), (8, 8)), square([]), crowd, square([2], (40, 8))]
+    classes = class_maps(mask_rcnn("tiny").prepare([torch.rand(3, 64, 64) for _ in targets], targets))
+    expected = torch.zeros(4, 64, 64, dtype=torch.long)
+    expected[0, 8:24, 8:24] = 1
+    expected[0, :16, :16] = 3  # where two overlap, the higher number
+    expected[2, 32:48, 32:48] = 3
+    expected[3, 8:24, 40:56] = 2
+    assert torch.equal(classes, expected)
+
+
+def test_the_question_for_the_features_reaches_them_and_not_the_model():
+    torch.manual_seed(0)
+    model = mask_rcnn("tiny")
+    stage, names = Stage(model, "rpn"), set(model.state_dict())
+    losses = stage(([torch.rand(3, 64, 64)], [square([2], (8, 8))]), torch.Generator())
+    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_semantic"} and abs(losses["loss_semantic"].item() - 1.386) < 0.3
+    losses["loss_semantic"].backward()
+    assert all(w.grad.abs().sum() > 0 for n, w in model.backbone.named_parameters() if "weight" in n) and model.rpn_head.cls_logits.weight.grad is None
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.gpu
+def test_the_class_of_every_pixel_does_not_wait_for_the_gpu():
+    model = mask_rcnn("tiny").cuda()
+    batch = model.prepare([torch.rand(3, 64, 64)] * 2, [square([3, 1], (0, 0), (8, 8)), square([])])
+    torch.cuda.set_sync_debug_mode("error")
+    try: classes = class_maps(batch)
+    finally: torch.cuda.set_sync_debug_mode("default")
+    assert classes.sum() == 3 * 256 + 256 - 64
