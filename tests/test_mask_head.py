@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from hypothesis import given, settings, strategies as st
 from torch import nn, tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image, project_masks_on_boxes
@@ -94,6 +95,20 @@ def test_pasted_masks_are_torchvisions(seed, m):
     for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-4)):
         masks, boxes, size = paste_case(seed=seed, m=m, dtype=dtype)
         torch.testing.assert_close(paste_masks(masks, boxes, size), paste_masks_in_image(masks[:, None], boxes, size)[:, 0], rtol=0, atol=atol)
+
+
+quarter = st.integers(-320, 800).map(lambda n: n / 4)  # pixels, also beyond the image
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(quarter, quarter, st.integers(0, 900), st.integers(0, 900)), max_size=6), st.sampled_from([1, 7, 14, 28]),
+       st.integers(1, 130), st.integers(1, 170), st.integers(0, 2**31))
+def test_any_boxes_masks_and_images_are_torchvisions(rows, m, height, width, seed):
+    boxes = tensor([(x, y, x + w / 4, y + h / 4) for x, y, w, h in rows], dtype=torch.float64).reshape(-1, 4)
+    boxes = boxes[(boxes[:, :2] < tensor([width, height])).all(1) & (boxes[:, 2:] >= 0).all(1)]  # torchvision fails where a box is wholly outside
+    masks = torch.rand(len(boxes), m, m, generator=torch.Generator().manual_seed(seed)).double()
+    theirs = paste_masks_in_image(masks[:, None], boxes, (height, width))[:, 0] if len(boxes) else masks.new_zeros(0, height, width)
+    torch.testing.assert_close(paste_masks(masks, boxes, (height, width)), theirs, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("box, share", [

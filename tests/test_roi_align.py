@@ -90,7 +90,7 @@ def test_one_level_is_torchvisions_roi_align(boxes, ratio, bins):
 # ---------------------------------------------------------------------------------------------------------------- all levels
 
 @many
-@given(rois(step=0.37), st.sampled_from([1, 2, 3]), st.sampled_from([3, 7]), st.sampled_from([32, 96, 224]), st.sampled_from([3, 4]),
+@given(rois(step=0.37), st.sampled_from([1, 2, 3, -1]), st.sampled_from([3, 7]), st.sampled_from([32, 96, 224]), st.sampled_from([3, 4]),
        st.sampled_from([(192, 256), (100, 140), (256, 96)]))
 def test_all_levels_are_torchvisions(boxes, ratio, bins, scale, level, size):
     features = maps(size)
