@@ -69,6 +69,21 @@ def test_roi_align_is_its_definition(boxes, ratio, aligned, bins):
     if expected: torch.testing.assert_close(out, torch.stack(expected), rtol=0, atol=1e-12)
 
 
+@settings(deadline=None, max_examples=30)
+@given(rois(step=0.5, most=5), st.sampled_from([1, 2, -1]), st.booleans(), st.sampled_from([(torch.float16, 1e-2), (torch.float32, 1e-4), (torch.float64, 1e-12)]))
+def test_every_precision_and_any_memory_layout(boxes, ratio, aligned, precision):
+    "Maps that lie in memory channel by channel, channels last, or as a cut-out of something larger."
+    dtype, atol = precision
+    whole = maps((64, 96), strides=(4,))[0].detach()
+    expected = [by_definition(whole[int(b[0])], b[1:], 3, 0.25, ratio, aligned) for b in boxes]
+    larger = torch.zeros(2, 6, 20, 30, dtype=dtype)
+    larger[:, ::2, 2:18, 3:27] = whole.to(dtype)
+    for features in (whole.to(dtype), whole.to(dtype).to(memory_format=torch.channels_last), larger[:, ::2, 2:18, 3:27]):
+        out = roi_align(features, boxes.to(dtype), 3, 0.25, ratio, aligned)
+        assert out.dtype == dtype and out.shape == (len(boxes), 3, 3, 3)
+        if expected: torch.testing.assert_close(out.double(), torch.stack(expected), rtol=atol, atol=atol)
+
+
 @many
 @given(rois(step=1, images=2))
 def test_lists_and_tensors_of_boxes(boxes):
