@@ -94,7 +94,7 @@ def main():
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
     loader = DataLoader(InstanceDataset(args.data, "train", augmentation()), recipe["batch_size"], shuffle=True, collate_fn=trainable_targets,
                         generator=torch.Generator().manual_seed(args.seed))
-    steps = train_for(model, loader, args.minutes, recipe["lr"]["joint"], recipe["body_lr"])
+    steps = train_for(model, loader, args.minutes, recipe["lr"]["joint"], recipe["body_lr"]["joint"])
     result = dict(command=f"python benchmarks/scenes_vs_torchvision.py --minutes {args.minutes:g}", side=args.side, minutes=args.minutes,
                   seed=args.seed, steps=steps, images=steps * recipe["batch_size"], torch=torch.__version__, cpu=cpu_name(),
                   cores=os.cpu_count(), threads=torch.get_num_threads(), **measure(model, InstanceDataset(args.data, "val")))

@@ -32,11 +32,11 @@ STAGES = {  # which parts of the model each stage trains
 }
 NEEDS = {"rpn": None, "box": "rpn", "mask": "box", "joint": None}  # the stage that must come first
 
-# %% ../nbs/11_training.ipynb #a9218a95
+# %% ../nbs/11_training.ipynb #ca85b324
 RECIPES = {  # of each stage its epochs and the learning rate of new layers; images per step; the pretrained body's share of the learning rate
-    "laptop": dict(epochs=dict(rpn=4, box=4, mask=6, joint=8), lr=dict(rpn=1e-3, box=1e-3, mask=2e-3, joint=1e-3), batch_size=8, body_lr=0.1),
-    "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4), batch_size=16, body_lr=0.2),
-    "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=1.0),
+    "laptop": dict(epochs=dict(rpn=6, box=4, mask=4, joint=8), lr=dict(rpn=1e-3, box=1e-3, mask=2e-3, joint=1e-3), batch_size=8, body_lr=dict(rpn=0.25, joint=0.1)),
+    "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4), batch_size=16, body_lr=dict(rpn=0.2, joint=0.2)),
+    "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=dict(rpn=1.0, joint=1.0)),
 }
 RECIPES["standard_v2"] = RECIPES["standard"]
 
@@ -318,7 +318,7 @@ def _write_json(path, value):
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
 
-# %% ../nbs/11_training.ipynb #71388897
+# %% ../nbs/11_training.ipynb #9e283699
 def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
@@ -357,7 +357,7 @@ def train(
             _write_json(path, history + new)
             if on_epoch: on_epoch(history + new)
         try:
-            history += train_stage(model, name, data, epochs[name], batch_size, lr[name], recipe["body_lr"], seed, workers, accelerator, frozen, after_epoch)
+            history += train_stage(model, name, data, epochs[name], batch_size, lr[name], recipe["body_lr"].get(name, 1.0), seed, workers, accelerator, frozen, after_epoch)
         except KeyboardInterrupt:
             save_model(model, out / "model.safetensors", dataset.classes, name)
             print(f"stopped; what stage {name} learnt so far is in {out / 'model.safetensors'}")
