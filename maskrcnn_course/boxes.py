@@ -115,7 +115,7 @@ def _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold):
     keep.view(-1)[nms(apart.flatten(0, 1), scores.flatten(), iou_threshold)] = True
     return keep & valid
 
-# %% ../nbs/02_boxes.ipynb #e0f7d8d0
+# %% ../nbs/02_boxes.ipynb #dc2832d9
 def nms_mask(
     boxes:Float[Tensor, "batch n 4"], # x1 y1 x2 y2 in pixels
     scores:Float[Tensor, "batch n"],  # the higher, the earlier a box is kept
@@ -123,13 +123,15 @@ def nms_mask(
     valid:Bool[Tensor, "batch n"],    # false for padding, which is never kept and removes nothing
     iou_threshold:float,              # a box that overlaps a kept one of its image and group by more than this goes
 ) -> Bool[Tensor, "batch n"]:
-    "`batched_nms` of every image of a batch, as a mask of fixed shape."
+    "NMS within each group of every image of a batch, as a mask of fixed shape."
     if boxes.numel() == 0: return valid
     if boxes.is_cuda: return _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold)
     keep = torch.zeros_like(valid)
-    for k, b, s, g, v in zip(keep, boxes, scores, groups, valid):  # the CPU's kernel compares all pairs: fewer at a time
-        i = v.nonzero()[:, 0]
-        k[i[batched_nms(b[i], s[i], g[i], iou_threshold)]] = True
+    for k, b, s, g, v in zip(keep, boxes, scores, groups, valid):
+        real = v.nonzero()[:, 0]
+        for group in g[real].unique():
+            i = real[g[real] == group]
+            k[i[nms(b[i], s[i], iou_threshold)]] = True
     return keep
 
 # %% ../nbs/02_boxes.ipynb #97c42d16

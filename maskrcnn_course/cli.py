@@ -217,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
     "A parser whose errors take the way of all others."
     def error(self, message:str): raise ValueError(f"{message}; see {self.prog} --help")
 
-# %% ../nbs/14_cli.ipynb #b687c510
+# %% ../nbs/14_cli.ipynb #fd49be86
 def _parser() -> argparse.ArgumentParser:
     "Every command with its options and an example."
     parser = _Parser("maskrcnn-course", description="Mask R-CNN, from the first box to COCO AP.", epilog="Example: maskrcnn-course train")
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of everything left to chance (%(default)s)")
     add("--no-pretrained", action="store_true", help="begin with random weights, not with ImageNet's")
     add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
-    add("--mixed-precision", default="no", help="no, bf16 or fp16 (%(default)s)")
+    add("--mixed-precision", default="auto", help="no, bf16, fp16, or auto: bf16 where the device has instructions for it (%(default)s)")
     add("--overwrite", action="store_true", help="train stages again that the folder has")
 
     add = command("evaluate", evaluate_, "runs/scenes data/scenes.h5")

@@ -244,7 +244,7 @@ def collate(
     images, targets = zip(*batch)
     return list(images), list(targets)
 
-# %% ../nbs/00_data.ipynb #b3d0a226
+# %% ../nbs/00_data.ipynb #052e4b70
 def pad_images(
     images:list,           # of [3, H, W], each of its own size
     size_divisible:int=32, # the batch's height and width are multiples of this
@@ -252,7 +252,7 @@ def pad_images(
     "One tensor with each image in its top left corner and zeros around it, and the (height, width) they had."
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisible) * size_divisible).tolist()
-    batch = images[0].new_zeros(len(images), 3, height, width)
+    batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)  # channels-last
     for slot, image in zip(batch, images): slot[:, :image.shape[1], :image.shape[2]] = image
     return batch, sizes.to(batch.device)
 

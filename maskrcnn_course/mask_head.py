@@ -23,7 +23,7 @@ def mask_targets(
     rois = torch.cat([instance[:, None].to(boxes), boxes], 1)
     return roi_align(masks[:, None].to(boxes), rois, size)[:, 0]
 
-# %% ../nbs/08_mask_head.ipynb #a0718bf0
+# %% ../nbs/08_mask_head.ipynb #baf1a9bb
 class MaskHead(nn.Module):
     "A small fully convolutional network on each RoI: one mask per class, twice as fine as the RoI's bins (Mask R-CNN, figure 4)."
     def __init__(self,
@@ -45,7 +45,11 @@ class MaskHead(nn.Module):
         roi_features:Float[Tensor, "k c bins bins"], # from RoIAlign
     ) -> Float[Tensor, "k classes m m"]:
         "Mask logits, one mask per class."
-        return self.mask_fcn_logits(F.relu(self.conv5_mask(self.convs(roi_features))))
+        double, predict = self.conv5_mask, self.mask_fcn_logits
+        x = self.convs(roi_features).permute(0, 2, 3, 1)                              # k rows columns c
+        x = F.linear(x, double.weight.permute(2, 3, 1, 0).flatten(0, 2), double.bias.repeat(4))  # of every bin four cells ...
+        x = F.linear(F.relu(x).unflatten(-1, (2, 2, -1)), predict.weight.flatten(1), predict.bias)  # ... with their classes
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # k classes (rows 2) (columns 2)
 
 # %% ../nbs/08_mask_head.ipynb #bb404a0a
 def mask_loss(

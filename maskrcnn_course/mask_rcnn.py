@@ -4,7 +4,7 @@
 __all__ = ['PRESETS', 'Settings', 'Batch', 'Samples', 'MaskRCNN', 'mask_rcnn', 'save_model', 'load_model', 'torchvision_name',
            'from_torchvision', 'to_torchvision', 'from_pretrained']
 
-# %% ../nbs/10_mask_rcnn.ipynb #52f5c385
+# %% ../nbs/10_mask_rcnn.ipynb #826c33a8
 import copy
 import json
 import os
@@ -25,7 +25,7 @@ from .data import pad_images, pad_targets
 from .boxes import apply_to_valid, gather_boxes
 from .anchors import AnchorGenerator
 from .rpn import RPNHead, filter_proposals, rpn_loss
-from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, resnet50_v2_backbone, tiny_backbone
+from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, resnet50_v2_backbone, tiny_backbone, unfold_norms
 from .roi_align import multiscale_roi_align
 from .box_head import BoxHead, box_loss, filter_detections, select_training_samples
 from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
@@ -457,13 +457,14 @@ def from_torchvision(
     for name, weight in model.named_parameters(): weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
     return model.train(tv_model.training)
 
-# %% ../nbs/10_mask_rcnn.ipynb #cc526496
+# %% ../nbs/10_mask_rcnn.ipynb #74027cc2
 class _TorchvisionBackbone(Backbone):
     "Our body under torchvision's pyramid."
     def __init__(self, backbone):
         blocks = backbone.fpn.inner_blocks
         widths, norms = [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
         super().__init__(copy.deepcopy(backbone.body), widths, backbone.out_channels, frozen_norm=backbone.frozen_norm)
+        unfold_norms(self.body)
         self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool(), *norms)
 
     def forward(self, x): return self.fpn(OrderedDict((str(i), m) for i, m in enumerate(self.body(x))))

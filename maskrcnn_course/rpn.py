@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .anchors import assign_targets_to_anchors, balanced_sample
 from .boxes import clip_boxes, decode_boxes, encode_boxes, gather_boxes, large_enough, nms_mask
 
-# %% ../nbs/04_rpn.ipynb #55a3abe7
+# %% ../nbs/04_rpn.ipynb #451f0706
 class RPNHead(nn.Module):
     "Two answers per anchor, shared by all levels: is there an object, and where exactly (Faster R-CNN, 3.1)."
     def __init__(self,
@@ -31,10 +31,9 @@ class RPNHead(nn.Module):
         features:list, # one map [batch, channels, rows, columns] per level
     ) -> tuple:        # objectness [batch, anchors] and deltas [batch, anchors, 4], one of each per level
         "Logits and deltas in the order of the anchors: row by row, column by column, anchor by anchor."
-        hidden = [self.conv(f) for f in features]
-        objectness = [self.cls_logits(h).permute(0, 2, 3, 1).flatten(1) for h in hidden]
-        deltas = [self.bbox_pred(h).permute(0, 2, 3, 1).reshape(len(h), -1, 4) for h in hidden]
-        return objectness, deltas
+        def answers(layer, hidden): return F.linear(hidden, layer.weight.flatten(1), layer.bias)  # a 1x1 convolution, channels last
+        hidden = [self.conv(f).permute(0, 2, 3, 1) for f in features]
+        return [answers(self.cls_logits, h).flatten(1) for h in hidden], [answers(self.bbox_pred, h).reshape(len(h), -1, 4) for h in hidden]
 
 # %% ../nbs/04_rpn.ipynb #9a662000
 def masked_mean(

@@ -2,9 +2,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'NEEDS', 'RECIPES', 'class_maps', 'semantic_loss', 'Stage', 'FrozenResults', 'augmentation', 'look_once',
-           'mean_losses', 'train_stage', 'plot_history', 'evaluate_model', 'stages_to_run', 'train']
+           'mean_losses', 'has_fast_bfloat16', 'train_stage', 'plot_history', 'evaluate_model', 'stages_to_run',
+           'train']
 
-# %% ../nbs/11_training.ipynb #f39b9b40
+# %% ../nbs/11_training.ipynb #ed6ff9b7
 import json
 import os
 import tempfile
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader
@@ -52,7 +54,7 @@ def class_maps(
     empty = shown.new_zeros(len(labels), *masks.shape[1:])
     return empty.scatter_reduce_(0, image[:, None, None].expand_as(shown), shown, "amax").long()
 
-# %% ../nbs/11_training.ipynb #16583ca0
+# %% ../nbs/11_training.ipynb #69fe9fc3
 def semantic_loss(
     head:nn.Module, # features to class logits
     features:list,  # the pyramid; its last level is left out
@@ -62,10 +64,11 @@ def semantic_loss(
     classes, losses = class_maps(batch), []
     for f in features[:-1]:
         stride = classes.shape[-1] // f.shape[-1]
-        losses.append(nn.functional.cross_entropy(head(f), classes[:, stride // 2::stride, stride // 2::stride]))
+        asked = classes[:, stride // 2::stride, stride // 2::stride]
+        losses.append(nn.functional.cross_entropy(head(f.permute(0, 2, 3, 1)).flatten(0, 2), asked.flatten()))
     return sum(losses) / len(losses)
 
-# %% ../nbs/11_training.ipynb #7522f03a
+# %% ../nbs/11_training.ipynb #42a482aa
 class Stage(nn.Module):
     "A model and one of its stages: a batch goes in, that stage's losses come out."
     def __init__(self,
@@ -74,7 +77,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.model, self.name = model, name
-        if name == "rpn": self.semantic_head = nn.Conv2d(model.backbone.out_channels, model.num_classes, 1)
+        if name == "rpn": self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes)
         for part, module in model.named_children():
             if part not in STAGES[name]: module.requires_grad_(False)
 
@@ -103,7 +106,7 @@ class Stage(nn.Module):
         losses = model.box_losses if self.name == "box" else model.mask_losses
         return losses(features, samples, batch)
 
-# %% ../nbs/11_training.ipynb #80f11164
+# %% ../nbs/11_training.ipynb #e239346b
 class FrozenResults:
     "The batches of a loader as the frozen stages see them. They will not change: kept on disk if they fit, else computed each time."
     def __init__(self,
@@ -132,7 +135,7 @@ class FrozenResults:
     def keep(self, result:tuple) -> int:
         "Write what is large, remember the rest; returns the bytes written."
         features, proposals, batch = result
-        large = [*features, batch.targets["masks"]]
+        large = [*(f.permute(0, 2, 3, 1) for f in features), batch.targets["masks"]]  # channels last, as they lie in memory
         self.kept.append((self.file.tell(), [(t.shape, t.dtype) for t in large], proposals, batch._replace(targets={**batch.targets, "masks": None})))
         return sum(self.file.write(t.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for t in large)
 
@@ -141,7 +144,7 @@ class FrozenResults:
         self.file.seek(position)
         def tensor(shape, dtype): return torch.frombuffer(bytearray(self.file.read(shape.numel())), dtype=dtype).view(shape) if shape.numel() else torch.zeros(shape, dtype=dtype)
         *features, masks = [tensor(*one).to(batch.images.device) for one in about]
-        return features, proposals, batch._replace(targets={**batch.targets, "masks": masks})
+        return [f.permute(0, 3, 1, 2) for f in features], proposals, batch._replace(targets={**batch.targets, "masks": masks})
 
     def __len__(self): return len(self.loader)
 
@@ -192,6 +195,15 @@ def mean_losses(
 
 # %% ../nbs/11_training.ipynb #8eaf4c55
 def _device(module): return next(module.parameters()).device
+
+# %% ../nbs/11_training.ipynb #d1750acf
+def has_fast_bfloat16(
+    device:torch.device,
+) -> bool:
+    "Whether the device multiplies bfloat16 in hardware, and does not only imitate it."
+    if device.type == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # newer PyTorch tells
+    return device.type == "cpu" and any(known.get(k, False) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
 # %% ../nbs/11_training.ipynb #144a5093
 def train_stage(
@@ -318,7 +330,7 @@ def _write_json(path, value):
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
 
-# %% ../nbs/11_training.ipynb #9e283699
+# %% ../nbs/11_training.ipynb #da850664
 def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
@@ -330,7 +342,7 @@ def train(
     seed:int=0,                          # of everything that is left to chance
     pretrained:bool=True,                # start the body from ImageNet weights
     workers:int=0,                       # processes that read and decode
-    mixed_precision:str="no",            # "no", "bf16" or "fp16"
+    mixed_precision:str="auto",          # "no", "bf16" or "fp16"; "auto": "bf16" where the device has instructions for it
     overwrite:bool=False,                # train again a stage that the folder has
     on_epoch=None,                       # called with the whole history after every epoch
 ) -> list:                               # the history: a dict per epoch
@@ -342,10 +354,12 @@ def train(
     names, recipe = stages_to_run(stages, out), RECIPES[preset]
     epochs, batch_size = {**recipe["epochs"], **(epochs or {})}, batch_size or recipe["batch_size"]
     lr = dict.fromkeys(STAGES, lr) if lr else recipe["lr"]
+    if mixed_precision == "auto": mixed_precision = "bf16" if has_fast_bfloat16(PartialState().device) else "no"
     out.mkdir(parents=True, exist_ok=True)
     settings = dict(data=str(data), stages=names, preset=preset, epochs={s: epochs[s] for s in names}, batch_size=batch_size, lr={s: lr[s] for s in names},
                     seed=seed, pretrained=pretrained, mixed_precision=mixed_precision, classes=dataset.classes)
     _write_json(out / "settings.json", settings)
+    AcceleratorState._reset_state()  # an earlier call in this process may have chosen another precision
     accelerator = Accelerator(mixed_precision=mixed_precision)
     path = out / "history.json"
     history = [h for h in json.loads(path.read_text()) if h["stage"] not in names] if path.is_file() else []

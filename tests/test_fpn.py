@@ -1,4 +1,5 @@
 "Pyramid and backbones against torchvision's, the packaged weights against their own names, and a hub that cannot be reached."
+import copy
 from urllib.error import URLError
 
 import pytest
@@ -16,7 +17,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from maskrcnn_course.fpn import Backbone, Body, FeaturePyramid, lite0_backbone, resnet50_backbone, tiny_backbone
+from maskrcnn_course.fpn import Backbone, Body, FeaturePyramid, fold_norms, lite0_backbone, resnet50_backbone, tiny_backbone, unfold_norms
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -151,15 +152,97 @@ def test_lite0_keeps_its_names_without_weights():
 
 
 def test_resnet50_is_torchvisions():
-    ours = resnet50_backbone(pretrained=False).eval()
-    theirs = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5).eval()
+    ours = resnet50_backbone(pretrained=False).double().eval()
+    theirs = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=5).double().eval()
     theirs.load_state_dict(ours.state_dict())                                # strict: the same names
-    x = torch.randn(1, 3, 64, 96)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad(): expected = theirs(x)
     with torch.no_grad(): levels = ours(x)
     assert list(expected) == ["0", "1", "2", "3", "pool"]
-    for a, b in zip(levels, expected.values(), strict=True): assert torch.equal(a, b)
+    for a, b in zip(levels, expected.values(), strict=True): torch.testing.assert_close(a, b)  # our norms are folded
     assert all(p.requires_grad for p in ours.parameters())                   # nothing to preserve without weights
+
+
+class Oddities(nn.Module):
+    "Convolutions and norms that must not be folded, and one pair that must."
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Conv2d(3, 4, 3, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(6))
+        self.biased, self.plain = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
+        self.norms[4] = nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x):
+        x = self.norms[1](self.norms[0](self.shared(x)))                      # the second follows a norm, no convolution
+        x = self.norms[2](self.biased(x))
+        x = self.norms[3](self.plain(x).relu_())
+        x = self.norms[4](self.plain(x))
+        return [self.norms[5](x.mean((2, 3), keepdim=True))]
+
+
+def random_statistics(body):
+    for m in body.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            for t in (m.running_mean, m.running_var, *m.parameters()): nn.init.uniform_(t, 0.5, 2)
+    return body
+
+
+def test_only_a_norm_right_after_a_convolution_is_folded():
+    torch.manual_seed(0)
+    plain = random_statistics(Oddities().double().eval())
+    folded, x = fold_norms(copy.deepcopy(plain)), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert [type(m) is nn.BatchNorm2d for m in folded.norms] == [False] + [True] * 5
+    torch.testing.assert_close(folded(x), plain(x))
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_a_convolution_that_runs_twice_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.a, self.b = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        def forward(self, x): return self.b(self.conv(self.a(self.conv(x))))
+    torch.manual_seed(0)
+    plain, x = random_statistics(Twice().eval()), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(fold_norms(copy.deepcopy(plain))(x), plain(x))
+
+
+def test_a_result_that_is_used_twice_is_not_folded():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 3, bias=False), nn.BatchNorm2d(3)
+        def forward(self, x): return self.norm(x := self.conv(x)) + x
+    class Showing(Skipping):
+        def forward(self, x): return [x := self.conv(x), self.norm(x)]
+    for body in (Skipping(), Showing()): assert type(fold_norms(body).norm) is nn.BatchNorm2d
+
+
+def test_a_body_that_cannot_be_probed_keeps_its_norms():
+    class Asking(nn.Sequential):
+        def forward(self, x): return super().forward(x) if x.mean() < 1e9 else x
+    body = Asking(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    assert type(fold_norms(body)[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("make", [torchvision.models.resnet18, torchvision.models.mobilenet_v2, torchvision.models.mobilenet_v3_small,
+                                  lambda weights: torchvision.models.resnet18(weights=weights, norm_layer=FrozenBatchNorm2d),
+                                  lambda weights: timm.create_model("tf_efficientnet_lite0")])
+def test_folded_bodies_answer_and_learn_as_before(make):
+    torch.manual_seed(0)
+    plain = random_statistics(make(weights=None).double().eval())
+    for m in plain.modules():
+        if isinstance(m, FrozenBatchNorm2d): m.weight.fill_(0.5)
+        if isinstance(m, nn.Dropout): m.p = 0.0
+    folded, x = fold_norms(copy.deepcopy(plain)), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert not any(type(m) in (nn.BatchNorm2d, FrozenBatchNorm2d) for m in folded.modules())
+    for mode in (False, True, False):                                         # in training mode only FrozenBatchNorm2d is folded
+        outs = [m.train(mode)(x) for m in (folded, plain)]
+        torch.testing.assert_close(*outs, rtol=1e-7, atol=1e-9)
+        grads = [torch.autograd.grad(out.square().mean(), list(m.parameters())) for out, m in zip(outs, (folded, plain))]
+        for a, b in zip(*grads): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 * b.abs().max().item() + 1e-12)
+    torch.testing.assert_close(list(folded.buffers()), list(plain.buffers()))
+    assert {type(m) for m in unfold_norms(folded).modules()} == {type(m) for m in plain.modules()}
 
 
 @pytest.mark.parametrize("problem", [URLError("no route to host"), ConnectionResetError("reset by peer"), TimeoutError("timed out")])

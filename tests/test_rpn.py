@@ -57,9 +57,9 @@ def test_head_is_torchvisions(depth):
     maps = [torch.randn(2, 8, h, w, dtype=torch.float64) for h, w in ((12, 16), (6, 8), (3, 5))]
     logits, deltas = theirs(maps)
     for o, d, peer_o, peer_d in zip(*ours(maps), logits, deltas):
-        assert torch.equal(o, peer_o.permute(0, 2, 3, 1).flatten(1))
+        torch.testing.assert_close(o, peer_o.permute(0, 2, 3, 1).flatten(1), atol=1e-14, rtol=1e-12)
         n, _, h, w = peer_d.shape
-        assert torch.equal(d, peer_d.view(n, 3, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4))
+        torch.testing.assert_close(d, peer_d.view(n, 3, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4), atol=1e-14, rtol=1e-12)
 
 
 def test_head_starts_undecided():
