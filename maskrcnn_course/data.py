@@ -147,19 +147,26 @@ def _decode_image(data:bytes, where:str) -> Image.Image:
     try: return Image.open(BytesIO(data)).convert("RGB")
     except (OSError, SyntaxError, ValueError, EOFError) as e: raise ValueError(f"{where}: the image is damaged: {e}") from e
 
-# %% ../nbs/00_data.ipynb #c5a07af8
-def _read_instances(f:h5py.File, row:int) -> tuple[np.ndarray, list]:
-    "The rows of the objects of image `row`, and their encoded masks."
-    start, end = f["images"][row]["instances"]
-    rows = f["instances"][start:end]
-    return rows, [f["rle_bytes"][a:b].tobytes() for a, b in rows["rle"]]
+# %% ../nbs/00_data.ipynb #d99770f0
+def _in_hand(f:h5py.File) -> dict:
+    "The tables of an open file in memory, its bytes where they are."
+    return dict(images=f["images"][:], instances=f["instances"][:], image_bytes=f["image_bytes"], rle_bytes=f["rle_bytes"])
 
-# %% ../nbs/00_data.ipynb #69a22628
-def _read_example(f:h5py.File, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
+def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
+    "The rows of the objects of image `row`, and their encoded masks."
+    start, end = tables["images"][row]["instances"]
+    rows = tables["instances"][start:end]
+    if not len(rows): return rows, []
+    first, last = rows["rle"].min(), rows["rle"].max()  # those of an image lie together: one read
+    data = tables["rle_bytes"][first:last].tobytes()
+    return rows, [data[a - first:b - first] for a, b in rows["rle"]]
+
+# %% ../nbs/00_data.ipynb #1ff5405a
+def _read_example(tables:dict, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
     "Image `row` of the open file and its target."
-    entry, (rows, rles) = f["images"][row], _read_instances(f, row)
-    where, (start, end) = f"{f.filename}, image {entry['id']}", entry["data"]
-    data = f["image_bytes"][start:end].tobytes()
+    entry, (rows, rles) = tables["images"][row], _read_instances(tables, row)
+    where, (start, end) = f"{tables['image_bytes'].file.filename}, image {entry['id']}", entry["data"]
+    data = tables["image_bytes"][start:end].tobytes()
     if zlib.crc32(data) != entry["crc"]: raise ValueError(f"{where}: the image is damaged: its bytes have changed since they were written")
     image = _decode_image(data, where)
     if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: the image has {image.size} pixels, its table {entry}")
@@ -171,7 +178,7 @@ def _read_example(f:h5py.File, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
         boxes=torch.tensor(rows["box"], dtype=torch.float32), labels=torch.tensor(rows["label"]), masks=torch.from_numpy(masks),
         image_id=int(entry["id"]), area=torch.tensor(rows["area"], dtype=torch.float32), iscrowd=torch.tensor(rows["iscrowd"]))
 
-# %% ../nbs/00_data.ipynb #97c92279
+# %% ../nbs/00_data.ipynb #661e6846
 class InstanceDataset(torch.utils.data.Dataset):
     "Images and torchvision's target dicts, out of one HDF5 file."
     def __init__(self,
@@ -180,7 +187,7 @@ class InstanceDataset(torch.utils.data.Dataset):
         transforms=None,       # a transform of `torchvision.transforms.v2`, called with (uint8 image, target)
     ):
         if split not in ("train", "val", None): raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
-        self.path, self.transforms, self._file, self._pid = Path(path), transforms, None, None
+        self.path, self.transforms, self._opened, self._pid = Path(path), transforms, None, None
         with _open_dataset(self.path) as f:
             self.classes, ids, splits = json.loads(f.attrs["classes"]), f["images"]["id"], f["images"]["split"].astype(str)
         if "val" not in splits:
@@ -190,19 +197,19 @@ class InstanceDataset(torch.utils.data.Dataset):
         self.image_ids, self.num_classes = ids[self._rows].tolist(), len(self.classes) + 1
 
     def __len__(self) -> int: return len(self._rows)
-    def __getstate__(self) -> dict: return {**self.__dict__, "_file": None, "_pid": None}
+    def __getstate__(self) -> dict: return {**self.__dict__, "_opened": None, "_pid": None}
 
     @property
-    def _h5(self) -> h5py.File:
+    def _tables(self) -> dict:
         "The file, opened once in each process."
-        if self._pid != os.getpid(): self._file, self._pid = _open_dataset(self.path), os.getpid()
-        return self._file
+        if self._pid != os.getpid(): self._opened, self._pid = _in_hand(_open_dataset(self.path)), os.getpid()
+        return self._opened
 
     def __getitem__(self,
         i:int, # position in the data set
     ) -> tuple[Float32[Tensor, "3 H W"], dict]:
         "Image `i` in 0…1 and its target: boxes, labels, masks, image_id, area, iscrowd."
-        image, target = _read_example(self._h5, self._rows[i])
+        image, target = _read_example(self._tables, self._rows[i])
         if self.transforms: image, target = _transform(self.transforms, image, target)
         return tvf.to_dtype(image, torch.float32, scale=True), target
 
@@ -210,14 +217,14 @@ class InstanceDataset(torch.utils.data.Dataset):
         i:int, # position in the data set
     ) -> dict:
         "What the file says of image `i`: id, file_name, width, height, split, license and url."
-        entry = self._h5["images"][self._rows[i]]
+        entry = self._tables["images"][self._rows[i]]
         return {k: entry[k].decode() if _IMAGE[k] == _TEXT else int(entry[k]) for k in _IMAGE.names[:7]}
 
     def coco(self) -> dict:
         "The ground truth as COCO writes it: images, annotations with compressed RLE, categories."
         images, annotations = [self.info(i) for i in range(len(self))], []
         for image, row in zip(images, self._rows):
-            for r, rle in zip(*_read_instances(self._h5, row)):
+            for r, rle in zip(*_read_instances(self._tables, row)):
                 x1, y1, x2, y2 = r["box"].tolist()
                 annotations.append(dict(
                     id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]), bbox=[x1, y1, x2 - x1, y2 - y1],

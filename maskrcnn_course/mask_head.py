@@ -3,7 +3,10 @@
 # %% auto #0
 __all__ = ['mask_targets', 'MaskHead', 'mask_loss', 'paste_masks']
 
-# %% ../nbs/08_mask_head.ipynb #f24f239c
+# %% ../nbs/08_mask_head.ipynb #5645dc71
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -23,7 +26,7 @@ def mask_targets(
     rois = torch.cat([instance[:, None].to(boxes), boxes], 1)
     return roi_align(masks[:, None].to(boxes), rois, size)[:, 0]
 
-# %% ../nbs/08_mask_head.ipynb #baf1a9bb
+# %% ../nbs/08_mask_head.ipynb #92c9b1f7
 class MaskHead(nn.Module):
     "A small fully convolutional network on each RoI: one mask per class, twice as fine as the RoI's bins (Mask R-CNN, figure 4)."
     def __init__(self,
@@ -43,13 +46,17 @@ class MaskHead(nn.Module):
 
     def forward(self,
         roi_features:Float[Tensor, "k c bins bins"], # from RoIAlign
-    ) -> Float[Tensor, "k classes m m"]:
-        "Mask logits, one mask per class."
+        labels:Int[Tensor, "k"]|None=None,           # the one class of each RoI that is asked for
+    ) -> Float[Tensor, "k classes m m"]|Float[Tensor, "k m m"]:
+        "Mask logits: one mask per class, or that of the class asked for."
         double, predict = self.conv5_mask, self.mask_fcn_logits
         x = self.convs(roi_features).permute(0, 2, 3, 1)                              # k rows columns c
         x = F.linear(x, double.weight.permute(2, 3, 1, 0).flatten(0, 2), double.bias.repeat(4))  # of every bin four cells ...
-        x = F.linear(F.relu(x).unflatten(-1, (2, 2, -1)), predict.weight.flatten(1), predict.bias)  # ... with their classes
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                # k classes (rows 2) (columns 2)
+        x, weight = F.relu(x).unflatten(-1, (2, 2, -1)), predict.weight.flatten(1)
+        if labels is None: x = F.linear(x, weight, predict.bias)                      # ... with their classes
+        else: x = ((x.flatten(1, 4) @ weight[labels, :, None]).squeeze(-1) + predict.bias[labels, None]).view(*x.shape[:5], 1)  # ... with one
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                   # k classes (rows 2) (columns 2)
+        return x if labels is None else x[:, 0]
 
 # %% ../nbs/08_mask_head.ipynb #bb404a0a
 def mask_loss(
@@ -71,7 +78,12 @@ def _axis_weights(low, high, pixels, cells):
     at = at.masked_fill((pixel < 0) | (pixel >= length), -1)  # too far from every cell
     return (1 - (at[..., None] - cell).abs()).clamp(min=0)
 
-# %% ../nbs/08_mask_head.ipynb #f4c84514
+# %% ../nbs/08_mask_head.ipynb #0e8887f7
+def _untouched_zeros(like, *shape):
+    "Zeros of a tensor's kind on the CPU, that take up memory only where something is written."
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+
+# %% ../nbs/08_mask_head.ipynb #1d371186
 def paste_masks(
     masks:Float[Tensor, "n m m"],  # probabilities, each over its box
     boxes:Float[Tensor, "n 4"],    # x1 y1 x2 y2 in pixels
@@ -83,8 +95,8 @@ def paste_masks(
     low, high = (center - half).trunc(), (center + half).trunc()
     rows, columns = (_axis_weights(low[:, i], high[:, i], size[1 - i], m).to(masks) for i in (1, 0))
     masks = F.pad(masks, (1, 1, 1, 1))
-    if masks.is_cuda: return rows @ masks @ columns.mT
-    out = masks.new_zeros(len(masks), *size)  # on the CPU, the boxes alone: most of an image is not in them
+    if masks.is_cuda or not len(masks): return rows @ masks @ columns.mT
+    out = _untouched_zeros(masks, len(masks), *size)  # on the CPU, the boxes alone: most of an image is not in them
     for i, (x1, y1, x2, y2) in enumerate(torch.cat([low, high + 1], 1).clamp(min=0).long().tolist()):
         out[i, y1:y2, x1:x2] = rows[i, y1:y2] @ masks[i] @ columns[i, x1:x2].mT
     return out

@@ -97,7 +97,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #8f91b3f3
+# %% ../nbs/10_mask_rcnn.ipynb #f1b1b5dc
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -223,10 +223,10 @@ class MaskRCNN(nn.Module):
         head = lambda rois: self.box_head(self.roi_features(features, rois, self.settings.box_output_size, batch))
         return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.box_head))
 
-    def run_mask_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch) -> Tensor:
-        "Mask logits [batch, n, classes, 28, 28] of every box."
-        head = lambda rois: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch))
-        return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.mask_head))
+    def run_mask_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch, *labels:Tensor) -> Tensor:
+        "Mask logits [batch, n, classes, 28, 28] of every box; with labels [batch, n] those of one class, [batch, n, 28, 28]."
+        head = lambda rois, *labels: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch), *labels)
+        return apply_to_valid(head, valid, _rois(boxes), *labels, drop=self._drops_padding(self.mask_head))
 
     def _drops_padding(self, head):
         "Padding must not enter a batch norm's statistics."
@@ -260,7 +260,7 @@ class MaskRCNN(nn.Module):
     def mask_logits(self, features:list, detections:tuple, batch:Batch) -> Tensor:
         "The mask of each detection's own class: [batch, n, 28, 28]."
         boxes, labels, _, valid = detections
-        return self.run_mask_head(features, boxes, valid, batch).take_along_dim(labels[..., None, None, None], 2).squeeze(2)
+        return self.run_mask_head(features, boxes, valid, batch, labels)
 
     def postprocess(self, detections:tuple, mask_logits:Tensor, batch:Batch) -> list:
         "Torchvision's prediction dicts, in the coordinates of the images as they came."
