@@ -1,4 +1,4 @@
-"""Write the figures of benchmarks/results/ into README.md, between its two `results` marks.
+"""Write the figures of benchmarks/results/ into README.md, between its two `results` marks, and into benchmarks/README.md.
 
     python benchmarks/readme.py
 """
@@ -31,6 +31,23 @@ def section():
                       "|---|---|---|---|---|---|---|---|", *rows, END])
 
 
+def speed():
+    "The table of every comparison, and the machine."
+    cases = json.loads((ROOT / "benchmarks/results/vs_torchvision.json").read_text())
+    machine = next(iter(cases.values()))["machine"]
+    rows = []
+    for name, r in cases.items():
+        ours, theirs = r["compared"]
+        memory = [r["peak_mb"][ours], r["peak_mb"][theirs]]
+        rows.append(f"| {name} | **{r['ratio']:.2f}** ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}) | {r['ms'][ours]:,.0f} ms{' compiled' * ('compiled' in ours)} | "
+                    f"{r['ms'][theirs]:,.0f} ms{' compiled' * ('compiled' in theirs)} | {f'{memory[0]:,.0f} / {memory[1]:,.0f} MB' if min(memory) > 1 else ''} |")
+    return "\n".join([f"Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured on {machine['threads']} threads of an",
+                      f"{machine['cpu']} (torch {machine['torch'].split('+')[0]}, torchvision {machine['torchvision'].split('+')[0]}). Equal weights and inputs, equal answers, taking turns; "
+                      "the other side's time over ours, median and quartiles.", "Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen.", "",
+                      "| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|", *rows, ""])
+
+
 readme = (ROOT / "README.md").read_text()
 before, rest = readme.split(START)
 (ROOT / "README.md").write_text(before + section() + rest.split(END)[-1])
+(ROOT / "benchmarks/README.md").write_text("# Beside torchvision, pycocotools and faster-coco-eval\n\n" + speed())

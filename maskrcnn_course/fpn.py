@@ -97,7 +97,9 @@ class _FoldedNorm(_Mixed):
 def _mixed(*bases): return type("".join(b.__name__ for b in bases), bases, {})
 def _blank(*bases): return _mixed(*bases).__new__(_mixed(*bases))
 
-# %% ../nbs/05_fpn.ipynb #a646d4f5
+# %% ../nbs/05_fpn.ipynb #80e49cb6
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _conv_norm_pairs(body):
     "Names of the convolutions without bias whose result goes into a batch norm and nowhere else, each with the norm's name."
     probe, made, pairs, runs, uses = copy.deepcopy(body).to("meta", torch.float32).eval().requires_grad_(), {}, [], Counter(), Counter()
@@ -112,9 +114,9 @@ def _conv_norm_pairs(body):
         if isinstance(layer, nn.Conv2d) and layer.bias is None: layer.register_forward_hook(conv_ran)
         if type(layer) in (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d) and layer.weight is not None and layer.running_var is not None:
             layer.register_forward_pre_hook(norm_runs)
-    try: maps = probe(torch.zeros(1, 3, 64, 64, device="meta"))
+    try: maps = probe(torch.zeros(1, 3, 64, 64, device="meta", requires_grad=True))
     except RuntimeError: return []  # a body that needs numbers, or other images, keeps its norms
-    ahead, seen = [m.grad_fn for m in ([maps] if isinstance(maps, Tensor) else maps)], set()
+    ahead, seen = [m.grad_fn for m in ([maps] if isinstance(maps, Tensor) else maps) if m.grad_fn], set()
     uses.update(ahead)
     while ahead:
         if (node := ahead.pop()) in seen: continue
