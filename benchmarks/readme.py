@@ -20,8 +20,9 @@ def row(name, metrics):
 def section():
     "The table of every result that is there."
     known = {"laptop_scenes": "scenes, three stages: `maskrcnn-course train`",
-             "scenes_joint_ours": "scenes, jointly: `python benchmarks/scenes_vs_torchvision.py`",
-             "scenes_joint_torchvision": "scenes, torchvision's Mask R-CNN, jointly, beside it",
+             "scenes_joint_torchvision_30": "scenes, torchvision's Mask R-CNN, jointly: `python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15`",
+             "scenes_joint_ours_54": "scenes, ours, jointly: `python benchmarks/scenes_vs_torchvision.py --minutes 54`",
+             "scenes_joint_torchvision_54": "scenes, torchvision's, jointly, beside it",
              "laptop_coco3": "232 photos of COCO, three stages (see [data/README.md](data/README.md))"}
     rows = [row(name, json.loads(path.read_text())) for stem, name in known.items()
             if (path := ROOT / f"benchmarks/results/{stem}.json").is_file()]

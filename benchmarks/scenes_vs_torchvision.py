@@ -2,9 +2,11 @@
 
 Both have the same body with the same ImageNet weights, the same pyramid, heads, anchors and sample sizes, the same images, augmentation,
 optimiser and schedule; torchvision's model is made by `to_torchvision`, so that even the first weights agree. They run side by side, each on
-half of the cores, so that whatever else the machine does slows both. A run of three stages is measured with `maskrcnn-course train` itself.
+half of the cores, so that whatever else the machine does slows both. A run of three stages is measured with `maskrcnn-course train` itself;
+one side alone gets all cores.
 
     python benchmarks/scenes_vs_torchvision.py --minutes 40
+    python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15
 """
 import argparse
 import json
@@ -95,10 +97,10 @@ def main():
     loader = DataLoader(InstanceDataset(args.data, "train", augmentation()), recipe["batch_size"], shuffle=True, collate_fn=trainable_targets,
                         generator=torch.Generator().manual_seed(args.seed))
     steps = train_for(model, loader, args.minutes, recipe["lr"]["joint"], recipe["body_lr"]["joint"])
-    result = dict(command=f"python benchmarks/scenes_vs_torchvision.py --minutes {args.minutes:g}", side=args.side, minutes=args.minutes,
+    result = dict(command=f"python benchmarks/scenes_vs_torchvision.py {' '.join(sys.argv[1:])}", side=args.side, minutes=args.minutes,
                   seed=args.seed, steps=steps, images=steps * recipe["batch_size"], torch=torch.__version__, cpu=cpu_name(),
                   cores=os.cpu_count(), threads=torch.get_num_threads(), **measure(model, InstanceDataset(args.data, "val")))
-    out = Path(args.out) / f"scenes_joint_{args.side}.json"
+    out = Path(args.out) / f"scenes_joint_{args.side}_{args.minutes * torch.get_num_threads():.0f}.json"  # core-minutes
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
     print(f"{args.side}: {steps} steps, " + ", ".join(f"{k} AP {result[k]['AP']:.3f} AP50 {result[k]['AP50']:.3f}" for k in ("bbox", "segm")))

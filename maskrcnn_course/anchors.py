@@ -77,7 +77,7 @@ def match(
         matched = torch.where(((iou == highest) & (highest > 0)).any(-2), box, matched)
     return matched
 
-# %% ../nbs/03_anchors.ipynb #f630f386
+# %% ../nbs/03_anchors.ipynb #4df34edb
 def assign_targets_to_anchors(
     anchors:Float[Tensor, "n 4"],           # x1 y1 x2 y2 in pixels
     boxes:Float[Tensor, "batch boxes 4"],   # ground truth, padded
@@ -86,8 +86,8 @@ def assign_targets_to_anchors(
     low:float=0.3,                          # IoU below which it is background
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n 4"]]:
     "Label of each anchor (1 object, 0 background, -1 left out) and the box it belongs to (any box where the label is not 1)."
-    iou = box_iou(boxes, anchors.expand(len(boxes), -1, -1))
-    matched = match(iou, valid, high, low, allow_low_quality=True)
+    parts = [(boxes, valid)] if boxes.is_cuda else zip(boxes.split(1), valid.split(1))  # a CPU likes small tables, one image's at a time
+    matched = torch.cat([match(box_iou(b, anchors.expand(len(b), -1, -1)), v, high, low, allow_low_quality=True) for b, v in parts])
     labels = (matched >= 0).to(boxes) - (matched == BETWEEN).to(boxes)
     return labels, gather_boxes(boxes, matched.clamp(min=0))
 

@@ -18,15 +18,16 @@ def box_area(
     "Area of every box, in square pixels."
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
-# %% ../nbs/02_boxes.ipynb #e08ba97c
+# %% ../nbs/02_boxes.ipynb #7d14a41e
 def box_iou(
     a:Float[Tensor, "*batch n 4"], # boxes, x1 y1 x2 y2 in pixels
     b:Float[Tensor, "*batch m 4"], # boxes, x1 y1 x2 y2 in pixels
 ) -> Float[Tensor, "*batch n m"]:
     "IoU of every box in `a` with every box in `b`; 0 where either has no area."
-    a_, b_ = a[..., :, None, :], b[..., None, :, :]
-    w_h = (torch.minimum(a_[..., 2:], b_[..., 2:]) - torch.maximum(a_[..., :2], b_[..., :2])).clamp(min=0)
-    overlap = w_h[..., 0] * w_h[..., 1]
+    (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[..., :, None, :].unbind(-1), b[..., None, :, :].unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    overlap = width * height
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - overlap
     return overlap / union.clamp(min=torch.finfo(a.dtype).tiny)
 

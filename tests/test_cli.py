@@ -101,7 +101,7 @@ def test_mistakes_end_in_one_line_and_write_nothing(run, capsys, tmp_path):
 def test_ctrl_c_leaves_a_model_that_works(run, tmp_path):
     words = ["train", run / "s.h5", "--out", tmp_path / "run", "--preset", "tiny", "--epochs", "10000"]
     process = subprocess.Popen([sys.executable, "-c", "import sys; from maskrcnn_course.cli import main; sys.exit(main())", *map(str, words)],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while process.poll() is None and not (tmp_path / "run/history.json").exists(): time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)

@@ -124,7 +124,7 @@ def test_ctrl_c_in_a_process(tmp_path):
             "write_dataset(sys.argv[1], ['a', 'b'], slow(), 'x')")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "d.h5"), str(Path(__file__).parent)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=env)
+                               stderr=subprocess.PIPE, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline().strip() == b"200"
     assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
     process.send_signal(signal.SIGINT)
