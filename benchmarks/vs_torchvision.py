@@ -194,8 +194,8 @@ def variants(device, size, n, function):
 
 # ---- the cases: each is a function that returns what is timed, ours first, and the images per call
 
-def train_step(device, size, n, number):
-    images, targets = batch(SIZES[size], n, device)
+def train_step(device, size, n, number, objects=8):
+    images, targets = batch(SIZES[size], n, device, objects)
     def step(model):
         optimizer = torch.optim.SGD([p for p in model.train().parameters() if p.requires_grad], lr=1e-9, momentum=0.9)  # weights stay where they are
         def run():
@@ -378,6 +378,7 @@ def cases():
                     if device == "cpu" and n * size_of(size) > 2_200_000: continue  # more than a laptop's memory and patience
                     known |= {f"{device} {name} {size} batch {n} {number}": partial(function, device, size, n, number)
                               for name, function in (("train", train_step), ("inference", inference))}
+                if size == "800x1333": known[f"{device} train {size} batch 1 {number}, 500 objects"] = partial(train_step, device, size, 1, number, 500)
             known |= {f"{device} {name} {size}": partial(function, device, size) for name, function in
                       (("RoIAlign, forward and backward", roi_align), ("NMS", nms), ("matching", matching), ("sampling", sampling), ("paste 100 masks", pasting))}
         known[f"{device} first prediction"] = partial(first_prediction, device)

@@ -18,18 +18,18 @@ def box_area(
     "Area of every box, in square pixels."
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
-# %% ../nbs/02_boxes.ipynb #7d14a41e
+# %% ../nbs/02_boxes.ipynb #2d451bc1
 def box_iou(
     a:Float[Tensor, "*batch n 4"], # boxes, x1 y1 x2 y2 in pixels
     b:Float[Tensor, "*batch m 4"], # boxes, x1 y1 x2 y2 in pixels
 ) -> Float[Tensor, "*batch n m"]:
     "IoU of every box in `a` with every box in `b`; 0 where either has no area."
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[..., :, None, :].unbind(-1), b[..., None, :, :].unbind(-1)
-    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-    overlap = width * height
-    union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - overlap
-    return overlap / union.clamp(min=torch.finfo(a.dtype).tiny)
+    width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
+    height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
+    overlap = width.mul_(height)
+    union = (box_area(a)[..., :, None] + box_area(b)[..., None, :]).sub_(overlap)
+    return overlap.div_(union.clamp_(min=torch.finfo(a.dtype).tiny))
 
 # %% ../nbs/02_boxes.ipynb #e0826cfb
 def clip_boxes(
