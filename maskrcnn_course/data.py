@@ -2,10 +2,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'encode_mask', 'decode_mask', 'write_dataset', 'InstanceDataset', 'collate', 'pad_images',
-           'pad_targets', 'import_coco']
+           'pad_targets', 'import_coco', 'import_mask_folder', 'import_cis680']
 
-# %% ../nbs/00_data.ipynb #35591b2e
-import json, os, zlib
+# %% ../nbs/00_data.ipynb #a83d0e8f
+import json, os, pickle, re, zipfile, zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -86,8 +86,8 @@ def _append(f:h5py.File, examples:list) -> None:
     extend("images", np.array([(*(e.get(k, "") for k in _IMAGE.names[:7]), zlib.crc32(e["image"]), *where)
                                for e, *where in zip(examples, data, spans)], _IMAGE))
 
-# %% ../nbs/00_data.ipynb #5a09cf83
-def _check_example(example:dict, classes:list, seen:set) -> None:
+# %% ../nbs/00_data.ipynb #1c6a34dd
+def _check_example(example:dict, classes:list, seen:set, masks:set) -> None:
     "Raise a `ValueError` that names the image if `example` does not fit the file."
     def check(ok, message):
         if not ok: raise ValueError(f"image {example['id']} ({example['file_name']}): {message}")
@@ -97,6 +97,8 @@ def _check_example(example:dict, classes:list, seen:set) -> None:
         check(1 <= row["label"] <= len(classes), f"label {row['label']} is none of 1…{len(classes)}, the classes {classes}")
         x1, y1, x2, y2 = row["box"]
         check(x1 < x2 and y1 < y2, f"box {(x1, y1, x2, y2)} has no area")
+        masks.add(bool(row["rle"]))
+        check(len(masks) == 1, "some objects have a mask and others have none: give one to all of them, or to none")
     seen.add(example["id"])
 
 # %% ../nbs/00_data.ipynb #ad88381d
@@ -111,7 +113,7 @@ def _new_file(path:Path, overwrite:bool) -> Iterator[h5py.File]:
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_data.ipynb #6b5c74bc
+# %% ../nbs/00_data.ipynb #b99e6ce2
 def write_dataset(
     path:str | Path,         # the HDF5 file to write
     classes:list | tuple,    # class names, of labels 1, 2, …
@@ -121,14 +123,15 @@ def write_dataset(
     total:int | None=None,   # how many examples will come, for the progress bar
 ) -> Path:
     "Write a data set as one HDF5 file: whole, or not at all."
-    path, classes, seen = Path(path), list(classes), set()
+    path, classes, seen, masks = Path(path), list(classes), set(), set()
     with _new_file(path, overwrite) as f:
         f.attrs.update(format=FORMAT, version=VERSION, classes=json.dumps(classes), made_by=made_by)
         for name, (dtype, chunk) in _TABLES.items(): f.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(chunk,))
         examples = iter(tqdm(examples, total=total, leave=False, disable=None))
         while batch := list(islice(examples, 64)):
-            for example in batch: _check_example(example, classes, seen)
+            for example in batch: _check_example(example, classes, seen, masks)
             _append(f, batch)
+        f.attrs["masks"] = masks != {False}
     return path
 
 # %% ../nbs/00_data.ipynb #b4119e48
@@ -141,16 +144,17 @@ def _open_dataset(path:Path) -> h5py.File:
         raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: its attributes are {dict(f.attrs)}")
     return f
 
-# %% ../nbs/00_data.ipynb #ab17efc1
+# %% ../nbs/00_data.ipynb #7da48dc0
 def _decode_image(data:bytes, where:str) -> Image.Image:
     "Decode every pixel of an encoded image to RGB, as stored (an EXIF rotation is not applied)."
     try: return Image.open(BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError) as e: raise ValueError(f"{where}: the image is damaged: {e}") from e
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise ValueError(f"{where}: the image is damaged: {e}") from e
 
-# %% ../nbs/00_data.ipynb #d99770f0
+# %% ../nbs/00_data.ipynb #d7c06cf3
 def _in_hand(f:h5py.File) -> dict:
     "The tables of an open file in memory, its bytes where they are."
-    return dict(images=f["images"][:], instances=f["instances"][:], image_bytes=f["image_bytes"], rle_bytes=f["rle_bytes"])
+    return dict(images=f["images"][:], instances=f["instances"][:], image_bytes=f["image_bytes"], rle_bytes=f["rle_bytes"],
+                masks=bool(f.attrs.get("masks", True)))
 
 def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
     "The rows of the objects of image `row`, and their encoded masks."
@@ -161,7 +165,15 @@ def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
     data = tables["rle_bytes"][first:last].tobytes()
     return rows, [data[a - first:b - first] for a, b in rows["rle"]]
 
-# %% ../nbs/00_data.ipynb #1ff5405a
+# %% ../nbs/00_data.ipynb #7d45e53d
+def _decode_masks(rles:list, size:tuple, where:str) -> UInt8[Tensor, "n H W"]:
+    "The masks of an image of this (width, height)."
+    masks = np.zeros((len(rles), *size[::-1]), np.uint8)
+    try:
+        for mask, rle in zip(masks, rles): mask[:] = decode_mask(rle, *mask.shape)
+    except ValueError as e: raise ValueError(f"{where}: {e}") from e
+    return torch.from_numpy(masks)
+
 def _read_example(tables:dict, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
     "Image `row` of the open file and its target."
     entry, (rows, rles) = tables["images"][row], _read_instances(tables, row)
@@ -170,15 +182,12 @@ def _read_example(tables:dict, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
     if zlib.crc32(data) != entry["crc"]: raise ValueError(f"{where}: the image is damaged: its bytes have changed since they were written")
     image = _decode_image(data, where)
     if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: the image has {image.size} pixels, its table {entry}")
-    masks = np.zeros((len(rles), image.height, image.width), np.uint8)
-    try:
-        for mask, rle in zip(masks, rles): mask[:] = decode_mask(rle, image.height, image.width)
-    except ValueError as e: raise ValueError(f"{where}: {e}") from e
-    return tvf.pil_to_tensor(image), dict(
-        boxes=torch.tensor(rows["box"], dtype=torch.float32), labels=torch.tensor(rows["label"]), masks=torch.from_numpy(masks),
+    target = dict(boxes=torch.tensor(rows["box"], dtype=torch.float32), labels=torch.tensor(rows["label"]))
+    if tables["masks"]: target["masks"] = _decode_masks(rles, image.size, where)
+    return tvf.pil_to_tensor(image), target | dict(
         image_id=int(entry["id"]), area=torch.tensor(rows["area"], dtype=torch.float32), iscrowd=torch.tensor(rows["iscrowd"]))
 
-# %% ../nbs/00_data.ipynb #661e6846
+# %% ../nbs/00_data.ipynb #5ddc21ca
 class InstanceDataset(torch.utils.data.Dataset):
     "Images and torchvision's target dicts, out of one HDF5 file."
     def __init__(self,
@@ -190,6 +199,7 @@ class InstanceDataset(torch.utils.data.Dataset):
         self.path, self.transforms, self._opened, self._pid = Path(path), transforms, None, None
         with _open_dataset(self.path) as f:
             self.classes, ids, splits = json.loads(f.attrs["classes"]), f["images"]["id"], f["images"]["split"].astype(str)
+            self.has_masks = bool(f.attrs.get("masks", True))
         if "val" not in splits:
             splits = np.where(np.random.default_rng(0).permutation(len(ids)) < round(0.8 * len(ids)), "train", "val")
         self._rows = np.flatnonzero((splits == split) | (split is None)).tolist()
@@ -208,7 +218,7 @@ class InstanceDataset(torch.utils.data.Dataset):
     def __getitem__(self,
         i:int, # position in the data set
     ) -> tuple[Float32[Tensor, "3 H W"], dict]:
-        "Image `i` in 0…1 and its target: boxes, labels, masks, image_id, area, iscrowd."
+        "Image `i` in 0…1 and its target: boxes, labels, masks (if the data set has them), image_id, area, iscrowd."
         image, target = _read_example(self._tables, self._rows[i])
         if self.transforms: image, target = _transform(self.transforms, image, target)
         return tvf.to_dtype(image, torch.float32, scale=True), target
@@ -226,21 +236,21 @@ class InstanceDataset(torch.utils.data.Dataset):
         for image, row in zip(images, self._rows):
             for r, rle in zip(*_read_instances(self._tables, row)):
                 x1, y1, x2, y2 = r["box"].tolist()
-                annotations.append(dict(
-                    id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]), bbox=[x1, y1, x2 - x1, y2 - y1],
-                    area=float(r["area"]), iscrowd=int(r["iscrowd"]),
-                    segmentation=dict(size=[image["height"], image["width"]], counts=rle.decode())))
+                annotations.append(dict(id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]),
+                                        bbox=[x1, y1, x2 - x1, y2 - y1], area=float(r["area"]), iscrowd=int(r["iscrowd"])))
+                if self.has_masks: annotations[-1]["segmentation"] = dict(size=[image["height"], image["width"]], counts=rle.decode())
         return dict(images=images, annotations=annotations, categories=[dict(id=i, name=c) for i, c in enumerate(self.classes, 1)])
 
-# %% ../nbs/00_data.ipynb #7d3ec919
+# %% ../nbs/00_data.ipynb #1605c67b
 def _transform(transforms, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
     "Apply `transforms`, measure the areas again, and drop the objects that are left without a box or a pixel."
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-    target = {**target, "boxes": boxes, "masks": tv_tensors.Mask(target["masks"])}
-    image, target = transforms(tv_tensors.Image(image), target)
-    boxes, masks = target["boxes"].as_subclass(Tensor), target["masks"].as_subclass(Tensor)
-    target |= dict(boxes=boxes, masks=masks, area=masks.flatten(1).sum(1).float())
-    keep = (boxes[:, 2:] > boxes[:, :2]).all(1) & (target["area"] > 0)
+    shapes = {"boxes": boxes} | ({"masks": tv_tensors.Mask(target["masks"])} if "masks" in target else {})
+    image, target = transforms(tv_tensors.Image(image), target | shapes)
+    target |= {k: target[k].as_subclass(Tensor) for k in shapes}
+    sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+    target["area"] = target["masks"].flatten(1).sum(1).float() if "masks" in target else sides.prod(1)
+    keep = (sides > 0).all(1) & (target["area"] > 0)
     return image.as_subclass(Tensor), {k: v if k == "image_id" else v[keep] for k, v in target.items()}
 
 # %% ../nbs/00_data.ipynb #ead3a3ba
@@ -302,11 +312,20 @@ def _resize_mask(mask:UInt8[np.ndarray, "h w"], height:int, width:int) -> UInt8[
     rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip((height, width), mask.shape))
     return mask[rows[:, None], columns]
 
-# %% ../nbs/00_data.ipynb #b669416a
-def _coco_instance(a:dict, label:int, old:tuple, new:tuple) -> dict | str:
+# %% ../nbs/00_data.ipynb #b528e9c7
+def _boxed_instance(a:dict, label:int, old:tuple, new:tuple) -> dict | str:
+    "The instance of a COCO annotation that has a box and no mask, or why there is none."
+    (x, y, w, h), (across, down) = a["bbox"], (n / o for n, o in zip(new, old))
+    if x >= old[0] or y >= old[1] or x + w <= 0 or y + h <= 0: return "a box outside of the image"
+    return dict(label=label, box=(x * across, y * down, (x + w) * across, (y + h) * down),
+                area=float(a.get("area", w * h)) * across * down, iscrowd=a.get("iscrowd", 0), rle=b"")
+
+# %% ../nbs/00_data.ipynb #b07cfe84
+def _coco_instance(a:dict, label:int, old:tuple, new:tuple, has_masks:bool=True) -> dict | str:
     "The instance of COCO annotation `a` on an image resized from `old` to `new` (width, height), or why there is none."
     x, y, w, h = a["bbox"]
     if w <= 0 or h <= 0: return "a box without area"
+    if not has_masks: return _boxed_instance(a, label, old, new)
     mask = _coco_mask(a["segmentation"], old[1], old[0])
     if not mask.any(): return "a mask that is empty or outside of the image"
     box, area = (x, y, x + w, y + h), a.get("area", mask.sum())
@@ -327,13 +346,13 @@ def _class_of(categories:list, groups:str | dict | None) -> dict:
     if len(class_of) < sum(map(len, groups.values())): raise ValueError(f"groups puts a category into two classes: {groups}")
     return class_of
 
-# %% ../nbs/00_data.ipynb #0ca256e3
-def _read_coco(path:Path) -> dict:
+# %% ../nbs/00_data.ipynb #35f0907e
+def _read_coco(path:Path | zipfile.Path) -> dict:
     "A COCO file's contents, with its annotations also by image; a `ValueError` where they contradict each other."
     try: coco = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
     if missing := {"images", "annotations", "categories"} - set(coco): raise ValueError(f"{path} lacks {missing}: is it a COCO file of instances?")
-    coco["by_image"] = {image["id"]: [] for image in coco["images"]}
+    coco["path"], coco["by_image"] = path, {image["id"]: [] for image in coco["images"]}
     if len(coco["by_image"]) < len(coco["images"]):
         raise ValueError(f"{path}: two images have the id {Counter(i['id'] for i in coco['images']).most_common(1)[0][0]}")
     coco["names"] = {c["id"]: c["name"] for c in coco["categories"]}
@@ -344,7 +363,24 @@ def _read_coco(path:Path) -> dict:
         coco["by_image"][a["image_id"]].append(a)
     return coco
 
-# %% ../nbs/00_data.ipynb #cc79503a
+# %% ../nbs/00_data.ipynb #50a96e6f
+def _has_masks(cocos:Iterable) -> bool:
+    "Whether annotations have masks; a `ValueError` that names the first without one if others have one."
+    rows = [(coco["path"], a) for coco in cocos for a in coco["annotations"]]
+    drawn = sum(bool(a.get("segmentation")) for _, a in rows)
+    for path, a in rows if drawn else ():
+        if a.get("segmentation") is None:
+            raise ValueError(f"{path}, annotation {a['id']} of image {a['image_id']}: it has no segmentation, but {drawn} others have one: "
+                             "draw this one too, or take them from all of them to train on boxes alone")
+    return bool(drawn) or not rows
+
+# %% ../nbs/00_data.ipynb #b6d34715
+def _jpeg(image:Image.Image) -> bytes:
+    "A picture as a JPEG file."
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
 def _coco_photo(entry:dict, folder:Path, size:tuple | None) -> tuple[bytes, tuple, tuple]:
     "A photo's bytes, its (width, height) as it came, and as it is in the bytes."
     path, said = folder / entry["file_name"], (entry.get("width"), entry.get("height"))
@@ -353,18 +389,16 @@ def _coco_photo(entry:dict, folder:Path, size:tuple | None) -> tuple[bytes, tupl
     image = _decode_image(path.read_bytes(), where)
     if image.size != said: raise ValueError(f"{where}: the photo has {image.size} pixels, and the annotations say {said}")
     if size in (None, image.size): return path.read_bytes(), image.size, image.size
-    buffer = BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue(), image.size, size
+    return _jpeg(image.resize(size, Image.Resampling.BICUBIC)), image.size, size
 
-# %% ../nbs/00_data.ipynb #851b7133
-def _coco_examples(coco:dict, folder:Path, split:str, labels:dict, size:tuple | None, said:Counter) -> Iterator[dict]:
+# %% ../nbs/00_data.ipynb #92904385
+def _coco_examples(coco:dict, folder:Path, split:str, labels:dict, size:tuple | None, has_masks:bool, said:Counter) -> Iterator[dict]:
     "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
     for entry in coco["images"]:
         (data, old, new), instances = _coco_photo(entry, folder, size), []
         for a in coco["by_image"][entry["id"]]:
             label = labels.get(coco["names"][a["category_id"]])
-            try: instance = _coco_instance(a, label, old, new) if label else "a category that no class takes"
+            try: instance = _coco_instance(a, label, old, new, has_masks) if label else "a category that no class takes"
             except Exception as e: raise ValueError(f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): {type(e).__name__}: {e}") from e
             if isinstance(instance, dict): instances.append(instance)
             else: said[f"annotations dropped: {instance}"] += 1
@@ -372,7 +406,7 @@ def _coco_examples(coco:dict, folder:Path, split:str, labels:dict, size:tuple | 
         yield dict(image=data, width=new[0], height=new[1], id=entry["id"], file_name=entry["file_name"], split=split, instances=instances,
                    license=coco["credits"].get(entry.get("license"), ""), url=entry.get("flickr_url") or entry.get("coco_url") or "")
 
-# %% ../nbs/00_data.ipynb #14607df2
+# %% ../nbs/00_data.ipynb #6d6112c1
 def import_coco(
     path:str | Path,               # the HDF5 file to write
     annotations:str | Path | dict, # a COCO file of instances, or {"train": one, "val": another}
@@ -388,12 +422,178 @@ def import_coco(
     if set(annotations) != set(images): raise ValueError(f"annotations for {list(annotations)}, but images for {list(images)}")
     files = {split: _read_coco(Path(file)) for split, file in annotations.items()}
     class_of = _class_of([c for coco in files.values() for c in coco["categories"]], groups)
-    known, said = list(dict.fromkeys(class_of.values())), Counter()
+    known, has_masks, said = list(dict.fromkeys(class_of.values())), _has_masks(files.values()), Counter()
     classes = classes or known
     if unknown := set(classes) - set(known): raise ValueError(f"classes {sorted(unknown)} are not among {known}")
     labels = {category: classes.index(name) + 1 for category, name in class_of.items() if name in classes}
-    examples = (e for split, coco in files.items() for e in _coco_examples(coco, Path(images[split]), split, labels, size, said))
+    examples = (e for split, coco in files.items() for e in _coco_examples(coco, Path(images[split]), split, labels, size, has_masks, said))
     made_by = f"import_coco of {[Path(file).name for file in annotations.values()]}, groups {groups}, size {size}"
     write_dataset(path, classes, examples, made_by, overwrite, sum(len(coco["images"]) for coco in files.values()))
+    if not has_masks: print("no annotation has a segmentation: the data set has boxes alone, for the stages rpn and box")
+    for what, count in said.items(): print(f"{count} {what}")
+    return Path(path)
+
+# %% ../nbs/00_data.ipynb #6eb9dc89
+def _read_numbers(path:Path, size:tuple) -> np.ndarray:
+    "The number in every pixel of a mask picture that belongs to a photo of this (width, height)."
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise ValueError(f"{path}: the mask is damaged: {e}") from e
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(f"{path}: a mask in colours ({image.mode}): each pixel must be one number, so save it in grey or with a palette")
+    if image.size != size: raise ValueError(f"{path}: the mask has {image.size} pixels, its photo {size}")
+    return np.asarray(image)
+
+# %% ../nbs/00_data.ipynb #ab28b994
+_PHOTOS = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+
+def _pair_masks(images:Path, masks:Path, classes:list) -> dict:
+    "For every photo its mask pictures by label; an error that names what has no partner."
+    folders = {1: masks} if len(classes) == 1 else {i: masks / name for i, name in enumerate(classes, 1)}
+    for folder in (images, *folders.values()):
+        if not folder.is_dir(): raise FileNotFoundError(f"{folder}: there is no such folder")
+    photos, pairs = {}, {}
+    for photo in sorted(p for p in images.iterdir() if p.suffix.lower() in _PHOTOS):
+        if photo.stem in photos: raise ValueError(f"{photo} and {photos[photo.stem].name} would have the same mask: rename one")
+        photos[photo.stem], pairs[photo] = photo, {}
+    for label, folder in folders.items():
+        for file in sorted(folder.glob("*.png")):
+            photo = photos.get(file.stem) or photos.get(file.stem.removesuffix("_mask"))
+            if not photo: raise ValueError(f"{file}: no photo in {images} has this name, with or without _mask")
+            pairs[photo][label] = file
+    for photo, found in pairs.items():
+        if not found: raise FileNotFoundError(f"{photo}: no {photo.stem}_mask.png or {photo.stem}.png in {masks}; if there is no object on it, its mask is all 0")
+    return pairs
+
+# %% ../nbs/00_data.ipynb #16ff6d53
+def _mask_folder_examples(pairs:dict, said:Counter) -> Iterator[dict]:
+    "What `write_dataset` takes, photo by photo; `said` counts what is remarkable."
+    for i, (photo, files) in enumerate(pairs.items(), 1):
+        data, instances = photo.read_bytes(), []
+        size = _decode_image(data, photo).size
+        for label, file in files.items():
+            numbers = _read_numbers(file, size)
+            masks = [numbers == number for number in np.unique(numbers) if number]
+            instances += [dict(label=label, box=_mask_box(m), area=float(m.sum()), iscrowd=0, rle=encode_mask(m)) for m in masks]
+        if not instances: said["images kept that have no object"] += 1
+        yield dict(image=data, width=size[0], height=size[1], id=i, file_name=photo.name, split="train", instances=instances)
+
+# %% ../nbs/00_data.ipynb #ff98d217
+def import_mask_folder(
+    path:str | Path,                     # the HDF5 file to write
+    images:str | Path,                   # the folder of the photos
+    masks:str | Path,                    # the folder of the masks, NAME_mask.png or NAME.png; with several classes it has a folder for each
+    classes:list | tuple=("object",),    # class names, in the order of their labels
+    overwrite:bool=False,                # replace a file that exists
+) -> Path:
+    "Write photos with pictures of numbers, each pixel the number of its object, as one HDF5 file."
+    pairs, said = _pair_masks(Path(images), Path(masks), list(classes)), Counter()
+    if not pairs: raise FileNotFoundError(f"{images}: no photos in this folder ({' '.join(sorted(_PHOTOS))})")
+    made_by = f"import_mask_folder of {Path(images).name} and {Path(masks).name}"
+    write_dataset(path, classes, _mask_folder_examples(pairs, said), made_by, overwrite, len(pairs))
+    for what, count in said.items(): print(f"{count} {what}")
+    return Path(path)
+
+# %% ../nbs/00_data.ipynb #ea6c7d5b
+class _Note:
+    "What a pickle names: notes how it would be called and filled, and does nothing."
+    def __init__(self, name:str, args:tuple=()): self.name, self.args, self.state = name, args, None
+    def __call__(self, *args): return _Note(self.name, args)
+    def __setstate__(self, state): self.state = state
+
+class _Notes(pickle.Unpickler):
+    "Reads what a pickle says of NumPy arrays."
+    known = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    def find_class(self, module:str, name:str) -> _Note:
+        if (module.replace("numpy._core", "numpy.core"), name) not in self.known: raise ValueError(f"it wants to call {module}.{name}")
+        return _Note(name)
+
+# %% ../nbs/00_data.ipynb #f1c72cc9
+def _numbers(note:_Note) -> np.ndarray:
+    "The array of numbers that a note describes."
+    _, shape, dtype, by_columns, data = note.state
+    kind, order = dtype.args[0], dtype.state[1]
+    if not re.fullmatch("[biuf][1248]", kind): raise ValueError(f"it has an array of {kind}, and not of numbers")
+    if isinstance(data, _Note): data = data.args[0].encode("latin1")  # how Python 2 could read bytes, too
+    return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if by_columns else "C")
+
+# %% ../nbs/00_data.ipynb #7a79ae2b
+def _read_arrays(path:Path) -> list:
+    "The arrays of a .npy file that holds one for each image; nothing that the file names is called."
+    try:
+        with open(path, "rb") as f:
+            major, _ = np.lib.format.read_magic(f)
+            _, _, dtype = (np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0)(f)
+            if not dtype.hasobject: return list(np.load(path, allow_pickle=False))
+            return [_numbers(note) for note in _Notes(f).load().state[4]]
+    except OSError: raise
+    except Exception as e: raise ValueError(f"{path} is not a file of one array per image: {e}") from e
+
+# %% ../nbs/00_data.ipynb #a4850cf9
+def _rows(table:h5py.Dataset, slice_length:int=128) -> Iterator[np.ndarray]:
+    "The rows of a table, read a slice at a time."
+    for start in range(0, len(table), slice_length):
+        try: rows = table[start:start + slice_length]
+        except OSError as e: raise ValueError(f"{table.file.filename}: rows {start} to {start + slice_length} are damaged: {e}") from e
+        yield from rows
+
+# %% ../nbs/00_data.ipynb #e31aa6cf
+def _check_cis680(files:dict, images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list) -> None:
+    "A `ValueError` with names and numbers where the four files contradict each other."
+    img, mask, label, box = (files[k].name for k in ("img", "mask", "labels", "bboxes"))
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8: raise ValueError(f"{img}: {images.dtype} of {images.shape}, and not uint8 of (images, 3, height, width)")
+    if masks.shape[1:] != images.shape[2:]: raise ValueError(f"{mask}: masks of {masks.shape[1:]}, but the images of {img} are {images.shape[2:]}")
+    if not len(images) == len(labels) == len(boxes):
+        raise ValueError(f"{img} has {len(images)} images, {label} has labels for {len(labels)} and {box} boxes for {len(boxes)}")
+    for i, (some, others) in enumerate(zip(labels, boxes)):
+        if some.ndim != 1 or others.shape != (len(some), 4): raise ValueError(f"image {i}: labels of {some.shape} in {label}, but boxes of {others.shape} in {box}")
+    if (count := sum(map(len, labels))) != len(masks): raise ValueError(f"{mask} has {len(masks)} masks, but {label} has labels of {count} objects")
+
+# %% ../nbs/00_data.ipynb #ddbc48cd
+def _cis680_examples(images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list, said:Counter) -> Iterator[dict]:
+    "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
+    masks, name = _rows(masks), Path(images.file.filename).stem
+    for i, image in enumerate(_rows(images)):
+        instances = []
+        for label, (x1, y1, x2, y2), mask in zip(labels[i].tolist(), boxes[i].tolist(), masks):  # takes a mask only if there is a label
+            if not mask.any(): said["objects dropped: an empty mask"] += 1
+            elif not (x1 < x2 and y1 < y2): said["objects dropped: a box without area"] += 1
+            else: instances.append(dict(label=label, box=(x1, y1, x2, y2), area=float(np.count_nonzero(mask)), iscrowd=0, rle=encode_mask(mask)))
+        if not instances: said["images kept that have no object"] += 1
+        yield dict(image=_jpeg(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))), width=image.shape[2], height=image.shape[1],
+                   id=i, file_name=f"{name}[{i}]", split="train", instances=instances)
+
+# %% ../nbs/00_data.ipynb #f61e0e60
+def _only(folder:Path, pattern:str) -> Path:
+    "The one file in a folder that fits a pattern."
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1: raise FileNotFoundError(f"{folder}: there should be one file {pattern}, and there are {len(found)}")
+    return found[0]
+
+@contextmanager
+def _open_data(path:Path) -> Iterator[h5py.Dataset]:
+    "The table `data` of an HDF5 file."
+    try: f = h5py.File(path, "r")
+    except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, fetch it again: {e}") from e
+    with f:
+        if not isinstance(f.get("data"), h5py.Dataset): raise ValueError(f"{path} has no table 'data', only {list(f)}")
+        yield f["data"]
+
+# %% ../nbs/00_data.ipynb #0a7b0592
+def import_cis680(
+    path:str | Path,    # the HDF5 file to write
+    folder:str | Path,  # where the four files are: *_img_comp_zlib.h5, *_mask_comp_zlib.h5, *_labels_comp_zlib.npy, *_bboxes_comp_zlib.npy
+    classes:list | tuple=("vehicle", "person", "animal"), # of labels 1, 2, …
+    overwrite:bool=False, # replace a file that exists
+) -> Path:
+    "Write the files of the CIS 680 assignment as one HDF5 file, and say what was dropped."
+    folder, said = Path(folder), Counter()
+    files = {k: _only(folder, f"*_{k}_comp_zlib.{'h5' if k in ('img', 'mask') else 'npy'}") for k in ("img", "mask", "labels", "bboxes")}
+    labels, boxes = _read_arrays(files["labels"]), _read_arrays(files["bboxes"])
+    with _open_data(files["img"]) as images, _open_data(files["mask"]) as masks:
+        _check_cis680(files, images, masks, labels, boxes)
+        examples = _cis680_examples(images, masks, labels, boxes, said)
+        write_dataset(path, classes, examples, f"import_cis680 of {[f.name for f in files.values()]}", overwrite, len(images))
     for what, count in said.items(): print(f"{count} {what}")
     return Path(path)

@@ -70,13 +70,13 @@ class Settings:
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
     head_norm:bool = False                   # batch norm after the 3x3 layers of both heads
 
-# %% ../nbs/10_mask_rcnn.ipynb #953c65db
+# %% ../nbs/10_mask_rcnn.ipynb #07442b63
 class Batch(NamedTuple):
     "Images as the model sees them: resized, normalised, padded."
     images:Tensor        # [batch, 3, height, width]
     sizes:Tensor         # [batch, 2] height and width without the padding
     original_sizes:list  # (height, width) as the images came
-    targets:dict|None    # boxes [batch, n, 4], labels [batch, n], valid [batch, n]; masks [instances, height, width], first_mask [batch]
+    targets:dict|None    # boxes [batch, n, 4], labels [batch, n], valid [batch, n]; if there are any: masks [instances, height, width], first_mask [batch]
 
 # %% ../nbs/10_mask_rcnn.ipynb #cd97dbd7
 class Samples(NamedTuple):
@@ -97,7 +97,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #f1b1b5dc
+# %% ../nbs/10_mask_rcnn.ipynb #ef8208f9
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -118,7 +118,7 @@ class MaskRCNN(nn.Module):
 
     def forward(self,
         images:list,                         # [3, height, width] each, 0...1
-        targets:list|None=None,              # torchvision's dicts: boxes, labels, masks
+        targets:list|None=None,              # torchvision's dicts: boxes, labels, masks (`prepare` and the losses of boxes do without)
         generator:torch.Generator|None=None, # for the same samples again
     ) -> list|dict:                          # predictions of each image; with targets, the five losses
         "Detections with masks, in the coordinates of the images as they came; or what is wrong with them."
@@ -150,10 +150,13 @@ class MaskRCNN(nn.Module):
             originals.append(tuple(image.shape[-2:]))
         images, sizes = pad_images(resized, s.size_divisible)
         if targets is None: return Batch(images, sizes.to(device), originals, None)
-        targets = pad_targets([self._check_target(t, i) for i, t in enumerate(targets)], device)
+        targets = [self._check_target(t, i) for i, t in enumerate(targets)]
+        if len({"masks" in t for t in targets}) > 1: raise ValueError("some of these targets have masks and others have none")
+        targets = pad_targets(targets, device)
         ratio = sizes.to(device) / torch.tensor(originals, device=device)
         targets["boxes"] = targets["boxes"] * ratio.flip(1).repeat(1, 2)[:, None].to(targets["boxes"])
-        masks = [_resize(m[:, None].to(device), tuple(r.shape[-2:]), "nearest")[:, 0] for m, r in zip(targets.pop("masks"), resized)]
+        if (masks := targets.pop("masks")) is None: return Batch(images, sizes.to(device), originals, targets)
+        masks = [_resize(m[:, None].to(device), tuple(r.shape[-2:]), "nearest")[:, 0] for m, r in zip(masks, resized)]
         masks = [F.pad(m, (0, images.shape[-1] - m.shape[-1], 0, images.shape[-2] - m.shape[-2])) for m in masks]
         targets["first_mask"] = torch.tensor([0, *map(len, masks)], device=device).cumsum(0)[:-1]
         return Batch(images, sizes.to(device), originals, targets | {"masks": torch.cat(masks)})
@@ -173,10 +176,10 @@ class MaskRCNN(nn.Module):
 
     def _check_target(self, target, i):
         "The target of image `i`, with `iscrowd`; a ValueError that names what is wrong."
-        if missing := {"boxes", "labels", "masks"} - set(target): raise ValueError(f"target {i} has no {sorted(missing)}")
-        boxes, labels = target["boxes"], target["labels"]
-        if not len(boxes) == len(labels) == len(target["masks"]):
-            raise ValueError(f"target {i} has {len(boxes)} boxes, {len(labels)} labels and {len(target['masks'])} masks")
+        if missing := {"boxes", "labels"} - set(target): raise ValueError(f"target {i} has no {sorted(missing)}")
+        boxes, labels, masks = target["boxes"], target["labels"], target.get("masks", target["labels"])
+        if not len(boxes) == len(labels) == len(masks):
+            raise ValueError(f"target {i} has {len(boxes)} boxes, {len(labels)} labels and {len(masks)} masks")
         if len(labels) and not 1 <= labels.min() <= labels.max() < self.num_classes:
             raise ValueError(f"target {i} has labels {sorted(set(labels.tolist()))}; this model knows 1 to {self.num_classes - 1}")
         return {"iscrowd": torch.zeros_like(labels)} | target
@@ -241,6 +244,7 @@ class MaskRCNN(nn.Module):
 
     def mask_losses(self, features:list, samples:Samples, batch:Batch) -> dict:
         "What the mask head got wrong, on the objects alone."
+        if "masks" not in batch.targets: raise ValueError("these targets have boxes but no masks, and masks are all that the mask head learns from")
         n = int(self.settings.box_batch_size_per_image * self.settings.box_positive_fraction)  # objects come first
         boxes, labels, matched = samples.boxes[:, :n], samples.labels[:, :n], samples.matched[:, :n]
         valid, masks = labels > 0, batch.targets["masks"]

@@ -126,11 +126,11 @@ def _names(result:dict, classes:list) -> list:
     scores = [f" {100 * s:.0f}" for s in result["scores"].tolist()] if "scores" in result else [""] * len(result["labels"])
     return [classes[label - 1] + score for label, score in zip(result["labels"].tolist(), scores)]
 
-# %% ../nbs/12_predict.ipynb #210ce4cd
+# %% ../nbs/12_predict.ipynb #d3354abb
 def _fill(image:Tensor, result:dict) -> UInt8[Tensor, "3 h w"]:
     "The photo with every mask in the colour of its class."
     image = tvf.to_dtype(image, torch.uint8, scale=True).cpu()
-    if not len(result["labels"]): return image
+    if not len(result["labels"]) or "masks" not in result: return image
     masks = result["masks"].cpu().reshape(-1, *image.shape[1:]) > 0.5
     return draw_segmentation_masks(image, masks, alpha=0.5, colors=_colours(result["labels"]))
 
@@ -258,7 +258,7 @@ def _panel(caption:str, size:tuple, layers:list, picture:str="") -> str:
     style = f' style="--photo:url({picture})"' if picture else ""
     return f'<figure><svg viewBox="0 0 {w} {h}"{style}>{"".join(shapes)}</svg><figcaption>{caption}</figcaption></figure>'
 
-# %% ../nbs/12_predict.ipynb #82485ac2
+# %% ../nbs/12_predict.ipynb #d36542f8
 GREEN, RED, BLUE, GREY = "#2ca02c", "#d62728", "#1f77b4", "#9a9a9a"  # ground truth, prediction, anchors and proposals, the rest
 
 def _story(model, image, target, name, classes) -> str:
@@ -276,11 +276,11 @@ def _story(model, image, target, name, classes) -> str:
         _panel(f"<b>2</b> {len(order)} best proposals, {good.count(BLUE)} with IoU over 0.5", size, [(seen["proposals"][list(order)], good, None, ""), truth]),
         _panel(f"<b>3</b> {len(seen['before']['boxes'])} best boxes before suppression", size, [(seen["before"]["boxes"], _colours(seen["before"]["labels"]), None, "dots")]),
         _panel(f"<b>4</b> {len(after['boxes'])} boxes after it, score from 50", size, [(after["boxes"], _colours(after["labels"]), _names(after, classes), "thick")]),
-        _panel("<b>5</b> Masks", size, [], _uri(_fill(image, after))),
+        *([_panel("<b>5</b> Masks", size, [], _uri(_fill(image, after)))] if "masks" in target else []),
     ]
     return f'<h3>{html.escape(name)}</h3><div class="row" style="--photo:url({_uri(_fill(image, {"labels": []}))})">{"".join(panels)}</div>'
 
-# %% ../nbs/12_predict.ipynb #772c3ba8
+# %% ../nbs/12_predict.ipynb #992070fb
 _PAGE = string.Template("""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>$title</title>
 <style>
@@ -302,7 +302,7 @@ figure text { fill: #fff; stroke-width: 3; paint-order: stroke; stroke-linejoin:
 </style>
 <h1>$title</h1><p>$lead</p><dl class="tiles">$tiles</dl>
 <h2>How it learnt</h2><p>Each loss over the epochs of its stage: training solid, validation dashed.</p><div class="scroll plot">$curves</div>
-<h2>How well it finds</h2><p>Average precision on the validation images, of boxes and of masks; 1 is perfect.</p><div class="scroll">$precision</div>
+<h2>How well it finds</h2><p>Average precision on the validation images; 1 is perfect.</p><div class="scroll">$precision</div>
 <p style="margin-top:1.5rem">Share of the objects that one of the first proposals of their image covers with an IoU of 0.5 or more.</p><div class="scroll">$recall</div>
 <h2>What each stage saw</h2><p>Validation images; before suppression dotted, after it solid.<br>$keys</p>$stories
 <h2>Settings</h2><div class="scroll plain">$settings</div><details><summary>Every number of the model</summary><div class="scroll plain">$numbers</div></details>
@@ -322,7 +322,7 @@ def _curves(history:list) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none"}): plot_history(history).savefig(file, format="svg", transparent=True)
     return file.getvalue()[file.getvalue().index("<svg"):]
 
-# %% ../nbs/12_predict.ipynb #53dae394
+# %% ../nbs/12_predict.ipynb #f46f2a81
 def write_report(
     out:str | Path,          # the run's folder
     model:MaskRCNN,
@@ -336,7 +336,7 @@ def write_report(
     out, s = Path(out), model.settings
     settings = json.loads((out / "settings.json").read_text()) if (out / "settings.json").is_file() else {}
     recall = {str(k): f"{v:.3f}" for k, v in metrics["rpn"]["recall"].items()}  # through JSON its keys become strings
-    tiles = {f"{name} {ap}": f"{metrics[kind][ap]:.3f}" for kind, name in (("bbox", "box"), ("segm", "mask")) for ap in ("AP", "AP50")}
+    tiles = {f"{name} {ap}": f"{metrics[kind][ap]:.3f}" for kind, name in (("bbox", "box"), ("segm", "mask")) if kind in metrics for ap in ("AP", "AP50")}
     tiles |= {"RPN accuracy": f"{metrics['rpn']['accuracy']:.3f}", "recall of 100": recall["100"]} | ({"training": f"{metrics['seconds'] / 60:.1f} min"} if "seconds" in metrics else {})
     picked = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
     stories = [_story(model, *dataset[i], dataset.info(i)["file_name"], classes) for i in tqdm(picked, "report", leave=False, disable=None)]

@@ -68,16 +68,17 @@ def semantic_loss(
         losses.append(nn.functional.cross_entropy(head(f.permute(0, 2, 3, 1)).flatten(0, 2), asked.flatten()))
     return sum(losses) / len(losses)
 
-# %% ../nbs/11_training.ipynb #42a482aa
+# %% ../nbs/11_training.ipynb #294601ca
 class Stage(nn.Module):
     "A model and one of its stages: a batch goes in, that stage's losses come out."
     def __init__(self,
         model:MaskRCNN,
-        name:str,       # "rpn", "box", "mask" or "joint"
+        name:str,            # "rpn", "box", "mask" or "joint"
+        has_masks:bool=True, # whether the targets have any
     ):
         super().__init__()
         self.model, self.name = model, name
-        if name == "rpn": self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes)
+        self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes) if name == "rpn" and has_masks else None
         for part, module in model.named_children():
             if part not in STAGES[name]: module.requires_grad_(False)
 
@@ -99,14 +100,14 @@ class Stage(nn.Module):
             batch = model.prepare(*inputs, generator)
             features = model.backbone(batch.images)
             losses = model.rpn_losses(model.run_rpn(features, batch), batch, generator)
-            return losses | {"loss_semantic": semantic_loss(self.semantic_head, features, batch)}
+            return losses | ({"loss_semantic": semantic_loss(self.semantic_head, features, batch)} if self.semantic_head else {})
         features, proposals, batch = inputs
         features = [f.to(proposals[0].dtype) for f in features]
         samples = model.select_samples(proposals, batch, generator)
         losses = model.box_losses if self.name == "box" else model.mask_losses
         return losses(features, samples, batch)
 
-# %% ../nbs/11_training.ipynb #e239346b
+# %% ../nbs/11_training.ipynb #4e7c922c
 class FrozenResults:
     "The batches of a loader as the frozen stages see them. They will not change: kept on disk if they fit, else computed each time."
     def __init__(self,
@@ -135,16 +136,19 @@ class FrozenResults:
     def keep(self, result:tuple) -> int:
         "Write what is large, remember the rest; returns the bytes written."
         features, proposals, batch = result
-        large = [*(f.permute(0, 2, 3, 1) for f in features), batch.targets["masks"]]  # channels last, as they lie in memory
-        self.kept.append((self.file.tell(), [(t.shape, t.dtype) for t in large], proposals, batch._replace(targets={**batch.targets, "masks": None})))
-        return sum(self.file.write(t.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for t in large)
+        large = {i: f.permute(0, 2, 3, 1) for i, f in enumerate(features)}  # channels last, as they lie in memory
+        large |= {k: v for k, v in batch.targets.items() if k == "masks"}
+        small = {k: v for k, v in batch.targets.items() if k != "masks"}
+        self.kept.append((self.file.tell(), {k: (t.shape, t.dtype) for k, t in large.items()}, proposals, batch._replace(targets=small)))
+        return sum(self.file.write(t.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for t in large.values())
 
-    def read(self, position:int, about:list, proposals:tuple, batch:Batch) -> tuple:
+    def read(self, position:int, about:dict, proposals:tuple, batch:Batch) -> tuple:
         "What `look` returned."
         self.file.seek(position)
         def tensor(shape, dtype): return torch.frombuffer(bytearray(self.file.read(shape.numel())), dtype=dtype).view(shape) if shape.numel() else torch.zeros(shape, dtype=dtype)
-        *features, masks = [tensor(*one).to(batch.images.device) for one in about]
-        return [f.permute(0, 3, 1, 2) for f in features], proposals, batch._replace(targets={**batch.targets, "masks": masks})
+        large = {k: tensor(*one).to(batch.images.device) for k, one in about.items()}
+        masks = {k: large.pop(k) for k in ("masks",) if k in large}
+        return [f.permute(0, 3, 1, 2) for f in large.values()], proposals, batch._replace(targets=batch.targets | masks)
 
     def __len__(self): return len(self.loader)
 
@@ -205,7 +209,7 @@ def has_fast_bfloat16(
     known = getattr(torch.cpu, "get_capabilities", dict)()  # newer PyTorch tells
     return device.type == "cpu" and any(known.get(k, False) for k in ("avx512_bf16", "amx_bf16", "bf16"))
 
-# %% ../nbs/11_training.ipynb #144a5093
+# %% ../nbs/11_training.ipynb #c0f1b434
 def train_stage(
     model:MaskRCNN,
     name:str,                  # "rpn", "box", "mask" or "joint"
@@ -227,7 +231,7 @@ def train_stage(
     model.to(accelerator.device)
     if name in ("box", "mask"): train_batches, val_batches = frozen or look_once(model, data, batch_size, seed, workers)
     else: train_batches, val_batches = (_loader(data, split, batch_size, seed, workers) for split in ("train", "val"))
-    stage = Stage(model, name).train()
+    stage = Stage(model, name, InstanceDataset(data).has_masks).train()
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in stage.named_parameters() if p.requires_grad and not n.startswith("model.backbone.body.")]
     optimizer = torch.optim.AdamW([dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)], weight_decay=1e-4)
@@ -269,7 +273,7 @@ def plot_history(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_training.ipynb #d32c106f
+# %% ../nbs/11_training.ipynb #14ec3ebc
 @torch.no_grad()
 def evaluate_model(
     model:MaskRCNN,
@@ -277,7 +281,7 @@ def evaluate_model(
     batch_size:int=8,      # images per step
     workers:int=0,         # processes that read and decode
 ) -> tuple[dict, list]:    # {"rpn": ..., "bbox": ..., "segm": ...} and the COCO results
-    "Everything that is measured of a model: RPN point-wise accuracy and recall, AP of boxes and of masks."
+    "Everything that is measured of a model: RPN point-wise accuracy and recall, AP of boxes and, if the data set has any, of masks."
     model.eval()
     s, results, accuracy, proposals, boxes = model.settings, [], [], [], []
     for images, targets in tqdm(DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate), "evaluate", leave=False, disable=None):
@@ -292,11 +296,12 @@ def evaluate_model(
         boxes += [b[v].cpu() for b, v in zip(t["boxes"], t["valid"])]
         detections = model.detect(features, found, batch)
         predictions = model.postprocess(detections, model.mask_logits(features, detections, batch), batch)
+        if not dataset.has_masks: predictions = [{k: v for k, v in p.items() if k != "masks"} for p in predictions]
         results += results_from_predictions(predictions, [t["image_id"] for t in targets])
     gt = dataset.coco()
     accuracy = [a for a in accuracy if a == a]  # none where an image has no positive anchor
     rpn = dict(accuracy=sum(accuracy) / max(len(accuracy), 1), recall=proposal_recall(proposals, boxes))
-    return dict(rpn=rpn, bbox=evaluate(gt, results, "bbox"), segm=evaluate(gt, results, "segm")), results
+    return dict(rpn=rpn) | {kind: evaluate(gt, results, kind) for kind in ("bbox", "segm")[:1 + dataset.has_masks]}, results
 
 # %% ../nbs/11_training.ipynb #e1421dc2
 def stages_to_run(
@@ -330,7 +335,7 @@ def _write_json(path, value):
     part.write_text(json.dumps(value, indent=1))
     os.replace(part, path)
 
-# %% ../nbs/11_training.ipynb #da850664
+# %% ../nbs/11_training.ipynb #b2b67d56
 def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
@@ -349,6 +354,8 @@ def train(
     "Train the stages one after the other. After each, and after Ctrl-C, the folder holds a model that works."
     out, dataset = Path(out), InstanceDataset(data, "train")
     if preset not in RECIPES: raise ValueError(f"unknown preset {preset!r}; there are {sorted(RECIPES)}")
+    if not dataset.has_masks and {"mask", "joint"} & set(stages):
+        raise ValueError(f"{data} has boxes but no masks, and masks are all that the mask head learns from: train the stages rpn and box (--stages rpn box)")
     done = [s for s in stages if (out / f"{s}.safetensors").is_file()]
     if done and not overwrite: raise FileExistsError(f"{out} already has the stages {done}; choose another folder, or overwrite=True (--overwrite)")
     names, recipe = stages_to_run(stages, out), RECIPES[preset]
