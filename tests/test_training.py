@@ -6,14 +6,17 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from maskrcnn_course.data import InstanceDataset, collate
+from maskrcnn_course.data import InstanceDataset, _transform, collate
 from maskrcnn_course.fpn import Backbone, tiny_backbone
 from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, mask_rcnn
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.training import FrozenResults, Stage, class_maps, train_stage
+from maskrcnn_course.training import FrozenResults, Stage, augmentation, class_maps, copy_paste, train, train_stage
+
+ALL = ("flip", "colour", "shrink", "crop", "paste")
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +131,47 @@ def test_the_class_of_every_pixel_does_not_wait_for_the_gpu():
     try: classes = class_maps(batch)
     finally: torch.cuda.set_sync_debug_mode("default")
     assert classes.sum() == 3 * 256 + 256 - 64
+
+
+def test_pasting_keeps_targets_true(scenes):
+    "Masks of what is seen, boxes around them, pixels of one image or the other."
+    data, pasted = InstanceDataset(scenes, "train"), 0
+    for seed in range(20):
+        images, targets = collate([data[seed % len(data)], data[(seed + 1) % len(data)], data[(seed + 2) % len(data)]])
+        new_images, new_targets = copy_paste(images, targets, torch.Generator().manual_seed(seed))
+        for i, (image, t) in enumerate(zip(new_images, new_targets)):
+            other = images[(i + 1) % 3]
+            assert ((image == images[i]) | (image == other)).all() and t["image_id"] == targets[i]["image_id"]
+            n = len(t["labels"])
+            assert all(len(t[k]) == n for k in ("boxes", "masks", "area", "iscrowd"))
+            assert (t["masks"].sum(0) <= 1).all()  # the scenes' masks are what is seen, and so are these
+            tight = torchvision.ops.masks_to_boxes(t["masks"]) + torch.tensor([0, 0, 1, 1])
+            assert (t["area"] == t["masks"].flatten(1).sum(1)).all() and (t["boxes"] - tight).abs().max() <= 1
+            pasted += image is not images[i]
+    assert pasted > 20
+
+
+def test_an_image_without_objects_takes_every_augmentation():
+    nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 40, 60, dtype=torch.uint8),
+                   image_id=1, area=torch.zeros(0), iscrowd=torch.zeros(0, dtype=torch.long))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        image, target = _transform(augmentation(ALL), torch.zeros(3, 40, 60, dtype=torch.uint8), nothing)
+        assert target["masks"].shape == (0, *image.shape[-2:])
+    image = image.float()
+    images, targets = copy_paste([image, image], [target, target])
+    assert images[0] is image and len(targets[0]["labels"]) == 0
+
+
+def test_all_augmentations_at_once(scenes, tmp_path):
+    history = train(scenes, tmp_path / "run", preset="tiny", epochs=dict(rpn=1, box=1, mask=1), augment=ALL, looks=3)
+    assert all(math.isfinite(v) for h in history for v in h["train"].values())
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["augment"] == list(ALL) and settings["looks"] == 3
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(augment=("flip", "blur")), "unknown augmentation"), (dict(looks=0), "at least once"),
+                                            (dict(start="nowhere"), "no model at")])
+def test_wrong_choices_write_nothing(scenes, tmp_path, wrong, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message): train(scenes, tmp_path / "run", preset="tiny", **wrong)
+    assert not (tmp_path / "run").exists()
