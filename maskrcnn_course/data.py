@@ -261,7 +261,7 @@ def collate(
     images, targets = zip(*batch)
     return list(images), list(targets)
 
-# %% ../nbs/00_data.ipynb #052e4b70
+# %% ../nbs/00_data.ipynb #02558640
 def pad_images(
     images:list,           # of [3, H, W], each of its own size
     size_divisible:int=32, # the batch's height and width are multiples of this
@@ -271,26 +271,24 @@ def pad_images(
     height, width = (-(-sizes.amax(0) // size_divisible) * size_divisible).tolist()
     batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)  # channels-last
     for slot, image in zip(batch, images): slot[:, :image.shape[1], :image.shape[2]] = image
-    return batch, sizes.to(batch.device)
+    return batch, sizes.to(batch.device, non_blocking=True)
 
-# %% ../nbs/00_data.ipynb #3a0a6920
+# %% ../nbs/00_data.ipynb #fda0b939
 def pad_targets(
     targets:list, # of target dicts
     device=None,  # where the tensors go; None: where they are
 ) -> dict:
-    "`boxes` [B, n, 4], `labels` [B, n], `valid` [B, n] and a list of `masks` or None; crowds and boxes without area are left out."
-    kept = []
-    for t in targets:
-        keep = (t["boxes"][:, 2:] > t["boxes"][:, :2]).all(1)
-        if "iscrowd" in t: keep &= t["iscrowd"] == 0
-        kept.append({k: t[k][keep].to(device) for k in ("boxes", "labels", "masks") if k in t})
-    n, first = max(1, *(len(t["labels"]) for t in kept)), kept[0]
-    boxes, labels = first["boxes"].new_zeros(len(kept), n, 4), first["labels"].new_zeros(len(kept), n)
+    "`boxes` [B, n, 4], `labels` [B, n], `valid` [B, n] and a list of `masks` or None; crowds and boxes without area are not valid."
+    n, first = max(1, *(len(t["labels"]) for t in targets)), targets[0]
+    boxes, labels = first["boxes"].new_zeros(len(targets), n, 4, device=device), first["labels"].new_zeros(len(targets), n, device=device)
     valid = torch.zeros_like(labels, dtype=torch.bool)
-    for i, t in enumerate(kept):
-        count = len(t["labels"])
-        boxes[i, :count], labels[i, :count], valid[i, :count] = t["boxes"], t["labels"], True
-    return dict(boxes=boxes, labels=labels, valid=valid, masks=[t["masks"] for t in kept] if "masks" in first else None)
+    for i, t in enumerate(targets):
+        real = (t["boxes"][:, 2:] > t["boxes"][:, :2]).all(1)
+        if "iscrowd" in t: real = real & (t["iscrowd"] == 0)
+        for row, values in ((boxes[i], torch.where(real[:, None], t["boxes"], 0)), (labels[i], torch.where(real, t["labels"], 0)), (valid[i], real)):
+            row[:len(values)].copy_(values, non_blocking=True)
+    masks = [t["masks"].to(device, non_blocking=True) for t in targets] if "masks" in first else None
+    return dict(boxes=boxes, labels=labels, valid=valid, masks=masks)
 
 # %% ../nbs/00_data.ipynb #e2818420
 def _coco_mask(segmentation:list | dict, height:int, width:int) -> UInt8[np.ndarray, "height width"]:

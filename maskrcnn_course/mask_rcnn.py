@@ -97,7 +97,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #ef8208f9
+# %% ../nbs/10_mask_rcnn.ipynb #97185ede
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -139,27 +139,30 @@ class MaskRCNN(nn.Module):
     ) -> Batch:
         "Normalise, resize by the shorter side, pad; targets likewise."
         s, device = self.settings, self.rpn_head.cls_logits.weight.device
+        def here(numbers, dtype=None): return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)  # without waiting
         if not images: raise ValueError("no images: give a list with at least one [3, height, width] tensor")
         resized, originals = [], []
         for i, image in enumerate(images):
             if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
                 raise ValueError(f"image {i} is {image.dtype} of shape {list(image.shape)}; expected floats of shape [3, height, width]")
             image = image.to(device, non_blocking=True)
-            mean, std = (torch.tensor(v, dtype=image.dtype, device=device)[:, None, None] for v in (s.image_mean, s.image_std))
+            mean, std = (here(v, image.dtype)[:, None, None] for v in (s.image_mean, s.image_std))
             resized.append(_resize(((image - mean) / std)[None], self._size(image, generator), "bilinear")[0])
             originals.append(tuple(image.shape[-2:]))
         images, sizes = pad_images(resized, s.size_divisible)
-        if targets is None: return Batch(images, sizes.to(device), originals, None)
+        if targets is None: return Batch(images, sizes, originals, None)
         targets = [self._check_target(t, i) for i, t in enumerate(targets)]
         if len({"masks" in t for t in targets}) > 1: raise ValueError("some of these targets have masks and others have none")
         targets = pad_targets(targets, device)
-        ratio = sizes.to(device) / torch.tensor(originals, device=device)
+        ratio = sizes / here(originals)
         targets["boxes"] = targets["boxes"] * ratio.flip(1).repeat(1, 2)[:, None].to(targets["boxes"])
-        if (masks := targets.pop("masks")) is None: return Batch(images, sizes.to(device), originals, targets)
-        masks = [_resize(m[:, None].to(device), tuple(r.shape[-2:]), "nearest")[:, 0] for m, r in zip(masks, resized)]
-        masks = [F.pad(m, (0, images.shape[-1] - m.shape[-1], 0, images.shape[-2] - m.shape[-2])) for m in masks]
-        targets["first_mask"] = torch.tensor([0, *map(len, masks)], device=device).cumsum(0)[:-1]
-        return Batch(images, sizes.to(device), originals, targets | {"masks": torch.cat(masks)})
+        if (given := targets.pop("masks")) is None: return Batch(images, sizes, originals, targets)
+        counts = [len(masks) for masks in given]
+        padded = given[0].new_zeros(sum(counts), *images.shape[-2:])
+        for slot, masks, image in zip(padded.split(counts), given, resized):
+            slot[:, :image.shape[1], :image.shape[2]] = _resize(masks[:, None], tuple(image.shape[1:]), "nearest")[:, 0]
+        first = [sum(counts[:i]) for i in range(len(counts))]
+        return Batch(images, sizes, originals, targets | dict(masks=padded, first_mask=here(first)))
 
     def _size(self, image, generator=None):
         "Height and width inside the model, rounded as torchvision does."
@@ -180,7 +183,7 @@ class MaskRCNN(nn.Module):
         boxes, labels, masks = target["boxes"], target["labels"], target.get("masks", target["labels"])
         if not len(boxes) == len(labels) == len(masks):
             raise ValueError(f"target {i} has {len(boxes)} boxes, {len(labels)} labels and {len(masks)} masks")
-        if len(labels) and not 1 <= labels.min() <= labels.max() < self.num_classes:
+        if len(labels) and not labels.is_cuda and not 1 <= labels.min() <= labels.max() < self.num_classes:  # asking a GPU would mean to wait
             raise ValueError(f"target {i} has labels {sorted(set(labels.tolist()))}; this model knows 1 to {self.num_classes - 1}")
         return {"iscrowd": torch.zeros_like(labels)} | target
 

@@ -288,15 +288,15 @@ def test_padding(path):
     assert all(b[:, h:].abs().sum() + b[:, :, w:].abs().sum() == 0 for b, (h, w) in zip(batch, sizes.tolist()))
     assert pad_images(images, 1)[0].shape == (4, 3, 42, 60) and pad_images([torch.rand(3, 64, 32)])[0].shape == (1, 3, 64, 32)
     padded = pad_targets(targets, "cpu")
-    assert padded["valid"].tolist() == [[False, False], [True, False], [True, True], [True, True]]     # the third of the fourth is a crowd
-    assert torch.equal(padded["boxes"][3], targets[3]["boxes"][:2]) and padded["boxes"][0].sum() == 0
-    assert [len(m) for m in padded["masks"]] == [0, 1, 2, 2] and padded["labels"].dtype == torch.int64
+    assert padded["valid"].tolist() == [[False] * 3, [True, False, False], [True, True, False], [True, True, False]]     # the third of the fourth is a crowd
+    assert torch.equal(padded["boxes"][3, :2], targets[3]["boxes"][:2]) and padded["boxes"][0].sum() == 0
+    assert [len(m) for m in padded["masks"]] == [0, 1, 2, 3] and padded["labels"].dtype == torch.int64
 
 
 def test_padding_of_targets_without_area_masks_or_objects():
     flat = dict(boxes=torch.tensor([[5., 5, 5, 9], [1, 1, 3, 3]]), labels=torch.tensor([1, 2]))     # as torchvision allows: no iscrowd, no masks
     padded = pad_targets([flat])
-    assert padded["boxes"].tolist() == [[[1, 1, 3, 3]]] and padded["labels"].tolist() == [[2]] and padded["masks"] is None
+    assert padded["boxes"].tolist() == [[[0] * 4, [1, 1, 3, 3]]] and padded["labels"].tolist() == [[0, 2]] and padded["masks"] is None
     none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     padded = pad_targets([none, none])
     assert padded["boxes"].shape == (2, 1, 4) and not padded["valid"].any()
