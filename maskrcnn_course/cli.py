@@ -100,7 +100,7 @@ def _data_of(run:str | Path) -> str:
     path = Path(run) / "settings.json"
     return json.loads(path.read_text())["data"] if path.is_file() else SCENES
 
-# %% ../nbs/14_cli.ipynb #d90a740f
+# %% ../nbs/14_cli.ipynb #dd98fba9
 def train_(args:argparse.Namespace) -> None:
     "Train the stages one after the other, evaluate, and write a report."
     import time
@@ -111,7 +111,7 @@ def train_(args:argparse.Namespace) -> None:
     if args.data == SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
     out = Path(args.out or f"runs/{data.stem}")
     history = train(data, out, tuple(args.stages), args.preset, _epochs(args.epochs), args.batch_size, args.lr, args.seed,
-                    not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say)
+                    not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say, tuple(args.augment), args.looks, args.start)
     seconds, (model, classes, _) = time.time() - start, _model(out)
     metrics, _ = evaluate_model(model, dataset := InstanceDataset(data, "val"), workers=args.workers)
     metrics |= dict(seconds=seconds, machine=_machine())
@@ -217,7 +217,7 @@ class _Parser(argparse.ArgumentParser):
     "A parser whose errors take the way of all others."
     def error(self, message:str): raise ValueError(f"{message}; see {self.prog} --help")
 
-# %% ../nbs/14_cli.ipynb #fd49be86
+# %% ../nbs/14_cli.ipynb #1ec0bc52
 def _parser() -> argparse.ArgumentParser:
     "Every command with its options and an example."
     parser = _Parser("maskrcnn-course", description="Mask R-CNN, from the first box to COCO AP.", epilog="Example: maskrcnn-course train")
@@ -257,6 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="images per step (the preset's)")
     add("--lr", type=float, help="learning rate (the preset's)")
     add("--seed", type=int, default=0, help="of everything left to chance (%(default)s)")
+    add("--augment", nargs="*", default=["flip", "colour"], metavar="NAME", help="changes of the training images: flip, colour, shrink, crop, paste (%(default)s)")
+    add("--looks", type=int, default=2, help="that the frozen stages take at every training image, each changed anew (%(default)s)")
+    add("--start", metavar="RUN", help="folder of a run whose weights to begin with")
     add("--no-pretrained", action="store_true", help="begin with random weights, not with ImageNet's")
     add("--workers", type=int, default=0, help="processes that read images (%(default)s)")
     add("--mixed-precision", default="auto", help="no, bf16, fp16, or auto: bf16 where the device has instructions for it (%(default)s)")

@@ -110,6 +110,15 @@ def test_ctrl_c_leaves_a_model_that_works(run, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_augmentation_looks_and_start(run, capsys, tmp_path):
+    words = ["train", run / "s.h5", "--out", tmp_path / "run", "--preset", "tiny", "--epochs", "1", "--augment", "flip", "paste", "--looks", "1", "--start", run / "run"]
+    assert main(list(map(str, words))) == 0
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["augment"], settings["looks"], settings["start"]) == (["flip", "paste"], 1, str(run / "run"))
+    assert "blur" in fails(capsys, "train", run / "s.h5", "--out", tmp_path / "other", "--preset", "tiny", "--augment", "blur")
+    assert "no model at" in fails(capsys, "train", run / "s.h5", "--out", tmp_path / "other", "--preset", "tiny", "--start", tmp_path / "nowhere")
+
+
 def test_help_loads_no_torch():
     code = "import sys; from maskrcnn_course.cli import main\ntry: main(['train', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
