@@ -464,12 +464,12 @@ def _pair_masks(images:Path, masks:Path, classes:list) -> dict:
         if not found: raise FileNotFoundError(f"{photo}: no {photo.stem}_mask.png or {photo.stem}.png in {masks}; if there is no object on it, its mask is all 0")
     return pairs
 
-# %% ../nbs/00_data.ipynb #16ff6d53
+# %% ../nbs/00_data.ipynb #aa86fe4d
 def _mask_folder_examples(pairs:dict, said:Counter) -> Iterator[dict]:
     "What `write_dataset` takes, photo by photo; `said` counts what is remarkable."
     for i, (photo, files) in enumerate(pairs.items(), 1):
         data, instances = photo.read_bytes(), []
-        size = _decode_image(data, photo).size
+        size = _decode_image(data, str(photo)).size
         for label, file in files.items():
             numbers = _read_numbers(file, size)
             masks = [numbers == number for number in np.unique(numbers) if number]
@@ -493,7 +493,7 @@ def import_mask_folder(
     for what, count in said.items(): print(f"{count} {what}")
     return Path(path)
 
-# %% ../nbs/00_data.ipynb #ea6c7d5b
+# %% ../nbs/00_data.ipynb #27e7ec85
 class _Note:
     "What a pickle names: notes how it would be called and filled, and does nothing."
     def __init__(self, name:str, args:tuple=()): self.name, self.args, self.state = name, args, None
@@ -502,18 +502,18 @@ class _Note:
 
 class _Notes(pickle.Unpickler):
     "Reads what a pickle says of NumPy arrays."
-    known = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    known = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("__builtin__", "bytes")}
     def find_class(self, module:str, name:str) -> _Note:
         if (module.replace("numpy._core", "numpy.core"), name) not in self.known: raise ValueError(f"it wants to call {module}.{name}")
         return _Note(name)
 
-# %% ../nbs/00_data.ipynb #f1c72cc9
+# %% ../nbs/00_data.ipynb #60330010
 def _numbers(note:_Note) -> np.ndarray:
     "The array of numbers that a note describes."
     _, shape, dtype, by_columns, data = note.state
     kind, order = dtype.args[0], dtype.state[1]
     if not re.fullmatch("[biuf][1248]", kind): raise ValueError(f"it has an array of {kind}, and not of numbers")
-    if isinstance(data, _Note): data = data.args[0].encode("latin1")  # how Python 2 could read bytes, too
+    if isinstance(data, _Note): data = data.args[0].encode("latin1") if data.args else b""  # bytes as Python 2 could read them, too
     return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if by_columns else "C")
 
 # %% ../nbs/00_data.ipynb #7a79ae2b

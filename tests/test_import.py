@@ -1,0 +1,455 @@
+"Folders of masks, the CIS 680 files and boxes without masks: what comes in, what is refused, and that no pickle runs."
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskrcnn_course.cli import main
+from maskrcnn_course.data import InstanceDataset, encode_mask, import_cis680, import_coco, import_mask_folder, pad_targets, write_dataset
+from maskrcnn_course.mask_rcnn import mask_rcnn
+from maskrcnn_course.scenes import write_scenes
+from maskrcnn_course.training import train
+
+
+def nothing_new(folder, before):
+    return sorted(p.name for p in folder.iterdir()) == sorted(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CIS 680
+
+def save_arrays(path, arrays, protocol=None):
+    rows = np.empty(len(arrays), object)
+    for i, array in enumerate(arrays): rows[i] = array
+    if protocol is None: return np.save(path, rows)
+    save_pickle(path, pickle.dumps(rows, protocol), len(arrays))
+
+
+def save_pickle(path, data, n=1):
+    "A .npy file of objects with this pickle in it."
+    with open(path, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, dict(descr="|O", fortran_order=False, shape=(n,)))
+        f.write(data)
+
+
+class Assignment:
+    "Four files: 6 images of 30 × 40, of which number i has i % 4 objects."
+    def __init__(self, root):
+        self.root, rng = root, np.random.default_rng(0)
+        counts = [i % 4 for i in range(6)]
+        self.images = np.stack([np.asarray(Image.fromarray(rng.integers(0, 255, (3, 4, 3), dtype=np.uint8)).resize((40, 30))).transpose(2, 0, 1) for _ in counts])
+        self.masks = np.zeros((sum(counts), 30, 40), np.uint8)
+        for k, mask in enumerate(self.masks): mask[3 + k:13 + k, 5 + 2 * k:20 + 2 * k] = 1
+        every = [[5 + 2 * k, 3 + k, 20 + 2 * k, 13 + k] for k in range(len(self.masks))]
+        starts = np.cumsum([0, *counts])
+        self.boxes = [np.array(every[a:b], np.float32).reshape(-1, 4) for a, b in zip(starts, starts[1:])]
+        self.labels = [np.arange(n) % 3 + 1 for n in counts]
+
+    def file(self, kind): return self.root / f"my_{kind}_comp_zlib.{'h5' if kind in ('img', 'mask') else 'npy'}"
+
+    def save(self, protocol=None):
+        for kind, table in (("img", self.images), ("mask", self.masks)):
+            with h5py.File(self.file(kind), "w") as f: f.create_dataset("data", data=table, compression="gzip")
+        for kind, arrays in (("labels", self.labels), ("bboxes", self.boxes)): save_arrays(self.file(kind), arrays, protocol)
+        return self
+
+    def run(self, **kwargs): return InstanceDataset(import_cis680(self.root / "out.h5", self.root, **kwargs))
+
+    def fails(self, message, error=ValueError):
+        before = [p.name for p in self.root.iterdir()]
+        with pytest.raises(error, match=message): self.run()
+        assert nothing_new(self.root, before)
+
+
+@pytest.fixture
+def assignment(tmp_path): return Assignment(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", [None, 2, 3, 4])
+def test_cis680_comes_in(assignment, protocol, capsys):
+    data = assignment.save(protocol).run()
+    assert data.classes == ["vehicle", "person", "animal"] and len(data) == 6 and data.has_masks
+    masks = []
+    for i, (image, target) in enumerate(data):
+        assert target["labels"].tolist() == assignment.labels[i].tolist() and target["boxes"].tolist() == assignment.boxes[i].tolist()
+        assert (image - torch.from_numpy(assignment.images[i]) / 255).abs().mean() < 0.03
+        assert target["area"].tolist() == [150] * len(target["labels"]) and data.info(i)["file_name"] == f"my_img_comp_zlib[{i}]"
+        masks += [*target["masks"].numpy()]
+    assert np.array_equal(masks, assignment.masks) and capsys.readouterr().out == "2 images kept that have no object\n"
+
+
+def test_cis680_other_kinds_of_numbers(assignment):
+    "Other types, byte orders, bool masks and 255 for 1."
+    assignment.labels = [a.astype(t) for a, t in zip(assignment.labels, ("u1", ">i4", "<i8", ">u2", "f4", "i2"))]
+    assignment.boxes = [a.astype(t) for a, t in zip(assignment.boxes, ("f8", ">f4", "i4", "<f8", "i2", ">i8"))]
+    assignment.masks = assignment.masks * np.uint8(255)
+    data = assignment.save().run()
+    assert [t["labels"].tolist() for _, t in data] == [a.tolist() for a in assignment.labels]
+    assignment.masks = assignment.masks > 0
+    assert torch.equal(assignment.save().run(overwrite=True)[3][1]["masks"], data[3][1]["masks"])
+
+
+def test_cis680_takes_arrays_that_are_no_objects(assignment):
+    "Every image has one object: NumPy then needs no pickle."
+    assignment.images, assignment.masks = assignment.images[:2], assignment.masks[:2]
+    assignment.labels, assignment.boxes = [np.array([1]), np.array([2])], [np.array([[5, 3, 20, 13]])] * 2
+    assignment.save()
+    np.save(assignment.file("labels"), np.stack(assignment.labels))
+    np.save(assignment.file("bboxes"), np.stack(assignment.boxes))
+    assert [t["labels"].tolist() for _, t in assignment.run()] == [[1], [2]]
+
+
+def test_cis680_reads_masks_in_slices(assignment, monkeypatch):
+    assignment.images = assignment.images[:1]
+    assignment.masks = np.zeros((500, 30, 40), np.uint8)
+    assignment.masks[:, 5:9, 5:9] = 1
+    assignment.labels, assignment.boxes = [np.ones(500, int)], [np.array([[5., 5, 9, 9]] * 500)]
+    assignment.save()
+    largest, get = [0], h5py.Dataset.__getitem__
+    def watch(table, key, **kwargs):
+        rows = get(table, key, **kwargs)
+        if table.file.filename.endswith("my_mask_comp_zlib.h5"): largest[0] = max(largest[0], len(rows))
+        return rows
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", watch)
+    assert len(assignment.run()[0][1]["labels"]) == 500 and 0 < largest[0] <= 128
+
+
+def test_cis680_drops_and_says(assignment, capsys):
+    assignment.masks[0] = 0
+    assignment.boxes[2][1] = (9, 9, 9, 20)
+    data = assignment.save().run()
+    assert [len(t["labels"]) for _, t in data] == [0, 0, 1, 3, 0, 1]
+    said = capsys.readouterr().out
+    assert "1 objects dropped: an empty mask\n" in said and "1 objects dropped: a box without area\n" in said and "3 images kept" in said
+
+
+def change(name, value): return lambda a: setattr(a, name, value(getattr(a, name)))
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (change("labels", lambda v: v[:-1]), "my_img_comp_zlib.h5 has 6 images, my_labels_comp_zlib.npy has labels for 5 and my_bboxes_comp_zlib.npy boxes for 6"),
+    (change("images", lambda v: v[:-1]), "my_img_comp_zlib.h5 has 5 images, my_labels_comp_zlib.npy has labels for 6"),
+    (change("masks", lambda v: v[:-1]), "my_mask_comp_zlib.h5 has 6 masks, but my_labels_comp_zlib.npy has labels of 7 objects"),
+    (change("masks", lambda v: v[:, :, :-1]), "my_mask_comp_zlib.h5: masks of \\(30, 39\\), but the images of my_img_comp_zlib.h5 are \\(30, 40\\)"),
+    (change("images", lambda v: v.astype(np.float32)), "my_img_comp_zlib.h5: float32 of"),
+    (change("images", lambda v: v.transpose(0, 2, 3, 1)), "my_img_comp_zlib.h5: uint8 of \\(6, 30, 40, 3\\), and not uint8 of \\(images, 3"),
+    (change("boxes", lambda v: [*v[:3], v[3][:2], *v[4:]]), "image 3: labels of \\(3,\\) in my_labels_comp_zlib.npy, but boxes of \\(2, 4\\) in my_bboxes_comp_zlib.npy"),
+    (change("boxes", lambda v: [*v[:3], v[3].reshape(-1), *v[4:]]), "image 3: labels of \\(3,\\) .* boxes of \\(12,\\)"),
+    (change("labels", lambda v: [*v[:3], v[3] + 1, *v[4:]]), "image 3 \\(my_img_comp_zlib\\[3\\]\\): label 4 is none of 1…3"),
+    (change("labels", lambda v: [*v[:3], v[3] - 1, *v[4:]]), "image 3 .*: label 0 is none of 1…3")])
+def test_cis680_contradictions_are_named(assignment, spoil, message):
+    spoil(assignment)
+    assignment.save().fails(message)
+
+
+def test_cis680_file_faults(assignment):
+    assignment.save()
+    for kind in ("img", "mask"):
+        whole = assignment.file(kind).read_bytes()
+        assignment.file(kind).write_bytes(whole[:len(whole) // 2])
+        assignment.fails(f"my_{kind}_comp_zlib.h5 is not a whole HDF5 file, fetch it again")
+        with h5py.File(assignment.file(kind), "w") as f: f["images"] = [1]
+        assignment.fails(f"my_{kind}_comp_zlib.h5 has no table 'data', only \\['images'\\]")
+        assignment.file(kind).write_bytes(whole)
+    with h5py.File(assignment.file("mask")) as f: where = f["data"].id.get_chunk_info(0).byte_offset
+    data = bytearray(assignment.file("mask").read_bytes())
+    data[where:where + 40] = b"?" * 40
+    assignment.file("mask").write_bytes(data)
+    assignment.fails("my_mask_comp_zlib.h5: rows 0 to 128 are damaged")
+    for kind in ("labels", "bboxes"):
+        whole = assignment.file(kind).read_bytes()
+        for cut in (0, 5, 40, 130, len(whole) - 20):
+            assignment.file(kind).write_bytes(whole[:cut])
+            assignment.fails(f"my_{kind}_comp_zlib.npy is not a file of one array per image")
+        assignment.file(kind).write_bytes(whole)
+    (assignment.root / "other_img_comp_zlib.h5").touch()
+    assignment.fails("there should be one file \\*_img_comp_zlib.h5, and there are 2", FileNotFoundError)
+    for p in assignment.root.glob("*img*"): p.unlink()
+    assignment.fails("there should be one file \\*_img_comp_zlib.h5, and there are 0", FileNotFoundError)
+
+
+class Call:
+    "Pickles as a call of `function`."
+    def __init__(self, function, *args): self.call = function, args
+    def __reduce__(self): return self.call
+
+
+def hostile(canary):
+    "Pickles that make a folder `canary` when they are loaded, each in another way; True if NumPy itself falls for it."
+    path, text = str(canary), repr(str(canary)).encode()
+    array = lambda item: pickle.dumps(np.array([item, None], object))
+    yield "a call in an array", array(Call(os.mkdir, path)), True
+    yield "the same in the oldest protocol", pickle.dumps(np.array([Call(os.mkdir, path), None], object), 0), True
+    yield "eval", array(Call(eval, f"__import__('os').mkdir({path!r})")), True
+    yield "exec beside good arrays", array([np.ones(3), Call(exec, f"import os; os.mkdir({path!r})")]), True
+    yield "no array at all", pickle.dumps(Call(os.mkdir, path)), True
+    yield "the opcode INST", b"(S" + text + b"\nios\nmkdir\n.", True
+    yield "the opcode OBJ", b"(cos\nmkdir\nS" + text + b"\no.", True
+    yield "a module's attribute", b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93S" + text + b"\n\x85R.", True
+    yield "an attribute of what is known", b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93S" + text + b"\n\x85R.", False
+    yield "other functions of NumPy", array(Call(np.load, path)), False
+    yield "getattr on what is known", array(Call(getattr, np.ndarray, "tofile")), False
+    yield "a codec", array(Call(__import__("_codecs").decode, b"x", "rot13")), False
+    yield "a persistent name", b"P" + text + b"\n.", False
+    yield "a registered extension", b"\x80\x02\x82\x01.", False
+
+
+def test_no_pickle_runs_anything(assignment, tmp_path_factory):
+    canary = tmp_path_factory.mktemp("canary") / "bird"
+    assignment.save()
+    whole = assignment.file("labels").read_bytes()
+    for what, data, falls in hostile(canary):
+        for kind in ("labels", "bboxes"):
+            assignment.file(kind).write_bytes(b"")
+            save_pickle(assignment.file(kind), data)
+            assignment.fails(f"my_{kind}_comp_zlib.npy is not a file of one array per image") if kind == "labels" else None
+            assert not canary.exists(), what
+            assignment.file("labels").write_bytes(whole)
+        if falls:                                           # that it is a real one
+            try: np.load(assignment.file("bboxes"), allow_pickle=True)
+            except Exception: pass
+            assert canary.exists(), what
+            canary.rmdir()
+        assignment.fails("my_bboxes_comp_zlib.npy is not a file of one array per image")
+        assert not canary.exists(), what
+
+
+@pytest.mark.parametrize("kind", ["O", "O8", "V8", "M8", "U4", "S8", "c8", "i8,O", "notatype"])
+def test_bytes_that_claim_to_be_something_else_are_refused(assignment, kind):
+    "A dtype whose bytes would be addresses; NumPy's own loader trusts the flags that the file gives."
+    class Kind:
+        def __reduce__(self): return np.dtype, (kind, False, True), (3, "<", None, None, None, -1, -1, 0)
+    class Array:
+        def __reduce__(self): return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), Kind(), False, b"A" * 8)
+    assignment.save()
+    rows = np.empty(6, object)
+    for i in range(6): rows[i] = Array()
+    save_pickle(assignment.file("labels"), pickle.dumps(rows, 3), 6)
+    assignment.fails(f"my_labels_comp_zlib.npy is not a file of one array per image: it has an array of {kind}, and not of numbers")
+
+
+# ---------------------------------------------------------------------------------------------------------------- folders of masks
+
+class Photos:
+    "a.jpg of 40 × 30 with two objects, b.png of 20 × 20 with none."
+    def __init__(self, root):
+        self.root, rng = root, np.random.default_rng(0)
+        for name in ("photos", "masks", "out"): (root / name).mkdir()
+        Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(root / "photos/a.jpg")
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(root / "photos/b.png")
+        (root / "photos/Thumbs.db").touch()
+        self.numbers = np.zeros((30, 40), np.uint8)
+        self.numbers[2:9, 3:11], self.numbers[15:30, 20:40] = 1, 2
+        self.save("a_mask.png", self.numbers)
+        self.save("b.png", np.zeros((20, 20), np.uint8))
+
+    def save(self, name, numbers, mode=None):
+        image = Image.fromarray(numbers)
+        (self.root / "masks" / name).parent.mkdir(exist_ok=True)
+        (image.convert(mode) if mode else image).save(self.root / "masks" / name)
+
+    def run(self, **kwargs):
+        return InstanceDataset(import_mask_folder(self.root / "out/o.h5", self.root / "photos", self.root / "masks", overwrite=True, **kwargs))
+
+    def fails(self, message, error=ValueError, **kwargs):
+        with pytest.raises(error, match=message): self.run(**kwargs)
+        assert nothing_new(self.root / "out", [])
+
+
+@pytest.fixture
+def folders(tmp_path): return Photos(tmp_path)
+
+
+def test_mask_folder_comes_in(folders, capsys):
+    data = folders.run(classes=["pedestrian"])
+    assert data.classes == ["pedestrian"] and [data.info(i)["file_name"] for i in (0, 1)] == ["a.jpg", "b.png"]
+    _, target = data[0]
+    assert target["boxes"].tolist() == [[3, 2, 11, 9], [20, 15, 40, 30]] and target["area"].tolist() == [56, 300]
+    assert all(np.array_equal(m.numpy(), folders.numbers == k) for k, m in enumerate(target["masks"], 1))
+    assert len(data[1][1]["labels"]) == 0 and capsys.readouterr().out == "1 images kept that have no object\n"
+    with h5py.File(data.path) as f:
+        for row, name in zip(f["images"], ("a.jpg", "b.png")): assert f["image_bytes"][slice(*row["data"])].tobytes() == (folders.root / "photos" / name).read_bytes()
+    assert folders.run().classes == ["object"]
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "I;16"])
+def test_mask_folder_takes_every_picture_of_numbers(folders, mode):
+    numbers = folders.numbers.astype(np.uint16 if mode == "I;16" else np.uint8) * (1000 if mode == "I;16" else 7)
+    image = Image.fromarray(numbers)
+    if mode == "P": image.putpalette([c for i in range(256) for c in (i * 37 % 256, i * 91 % 256, i * 11 % 256)])
+    assert image.mode.startswith(mode)
+    image.save(folders.root / "masks/a_mask.png")
+    assert folders.run()[0][1]["area"].tolist() == [56, 300]
+
+
+def test_mask_folder_of_one_black_and_white_object(folders):
+    Image.fromarray(folders.numbers > 0).save(folders.root / "masks/a_mask.png")
+    target = folders.run()[0][1]
+    assert target["area"].tolist() == [356] and target["boxes"].tolist() == [[3, 2, 40, 30]]
+
+
+def test_mask_folder_of_several_classes(folders):
+    for name in ("a_mask.png", "b.png"): (folders.root / "masks" / name).unlink()
+    folders.save("dog/a.png", (folders.numbers == 2).astype(np.uint8))
+    folders.save("cat/a_mask.png", (folders.numbers == 1).astype(np.uint8) * 9)
+    folders.save("cat/b.png", np.zeros((20, 20), np.uint8))
+    target = folders.run(classes=["cat", "dog"])[0][1]
+    assert target["labels"].tolist() == [1, 2] and target["area"].tolist() == [56, 300]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f: f.save("a_mask.png", f.numbers, "RGB"), "a_mask.png: a mask in colours \\(RGB\\)"),
+    (lambda f: f.save("a_mask.png", f.numbers, "RGBA"), "a_mask.png: a mask in colours \\(RGBA\\)"),
+    (lambda f: f.save("a_mask.png", f.numbers.T.copy()), "a_mask.png: the mask has \\(30, 40\\) pixels, its photo \\(40, 30\\)"),
+    (lambda f: (f.root / "masks/a_mask.png").write_bytes((f.root / "masks/a_mask.png").read_bytes()[:60]), "a_mask.png: the mask is damaged"),
+    (lambda f: (f.root / "photos/a.jpg").write_bytes((f.root / "photos/a.jpg").read_bytes()[:300]), "a.jpg: the image is damaged"),
+    (lambda f: f.save("c_mask.png", f.numbers), "c_mask.png: no photo in .*photos has this name, with or without _mask"),
+    (lambda f: (f.root / "photos/a.png").write_bytes((f.root / "photos/b.png").read_bytes()), "a.png and a.jpg would have the same mask")])
+def test_mask_folder_faults_are_named(folders, spoil, message):
+    spoil(folders)
+    folders.fails(message)
+
+
+def test_mask_folder_missing_things(folders):
+    (folders.root / "masks/b.png").unlink()
+    folders.fails("b.png: no b_mask.png or b.png in .*masks; if there is no object on it, its mask is all 0", FileNotFoundError)
+    folders.fails("cat: there is no such folder", FileNotFoundError, classes=["cat", "dog"])
+    for p in (folders.root / "photos").iterdir(): p.unlink()
+    folders.save("a_mask.png", folders.numbers)
+    folders.fails("a_mask.png: no photo")
+    (folders.root / "masks/a_mask.png").unlink()
+    folders.fails("photos: no photos in this folder", FileNotFoundError)
+
+
+# ---------------------------------------------------------------------------------------------------------------- boxes without masks
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory):
+    "A folder with a few scenes: photos, a COCO file of boxes alone, and the data set made of it."
+    folder = tmp_path_factory.mktemp("boxes")
+    data = InstanceDataset(write_scenes(folder / "s.h5", n=12, val=4, size=(64, 64), instances=(1, 2)))
+    coco = data.coco()
+    for a in coco["annotations"]: del a["segmentation"]
+    for i, image in enumerate(coco["images"]):
+        image["file_name"] = f"{i}.png"
+        Image.fromarray((data[i][0] * 255).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    (folder / "boxes.json").write_text(json.dumps(coco))
+    import_coco(folder / "boxes.h5", folder / "boxes.json", folder)
+    return folder
+
+
+def test_boxes_come_in_without_masks(boxes):
+    data, source = InstanceDataset(boxes / "boxes.h5"), InstanceDataset(boxes / "s.h5")
+    for (_, target), (_, before) in zip(data, source):
+        assert "masks" not in target and torch.equal(target["boxes"], before["boxes"]) and torch.equal(target["area"], before["area"])
+    assert not data.has_masks and pad_targets([data[0][1]])["masks"] is None
+    assert data.coco()["annotations"][0]["bbox"] == source.coco()["annotations"][0]["bbox"]
+    with h5py.File(boxes / "boxes.h5") as f: assert not f.attrs["masks"] and len(f["rle_bytes"]) == 0
+    with h5py.File(boxes / "s.h5", "r") as f: assert f.attrs["masks"]
+
+
+def test_files_from_before_boxes_alone_have_masks(boxes, tmp_path):
+    (tmp_path / "old.h5").write_bytes((boxes / "s.h5").read_bytes())
+    with h5py.File(tmp_path / "old.h5", "r+") as f: del f.attrs["masks"]
+    assert InstanceDataset(tmp_path / "old.h5").has_masks and "masks" in InstanceDataset(tmp_path / "old.h5")[0][1]
+
+
+@pytest.mark.parametrize("absent", [{}, {"segmentation": None}, {"segmentation": []}])
+def test_all_annotations_without_masks_in_any_spelling(boxes, tmp_path, absent, capsys):
+    coco = json.loads((boxes / "boxes.json").read_text())
+    for a in coco["annotations"]: a.update(absent)
+    coco["annotations"][0]["bbox"] = [70, 5, 9, 9]
+    coco["annotations"][1]["bbox"] = [5, 5, 0, 9]
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    data = InstanceDataset(import_coco(tmp_path / "a.h5", tmp_path / "a.json", boxes, size=(32, 16)))
+    said = capsys.readouterr().out
+    assert not data.has_masks and "boxes alone" in said and "a box outside of the image" in said and "a box without area" in said
+    x, y, w, h = coco["annotations"][-1]["bbox"]
+    assert torch.allclose(data[-1 + len(data)][1]["boxes"][-1], torch.tensor([x / 2, y / 4, (x + w) / 2, (y + h) / 4]))
+
+
+def test_masks_for_some_are_refused(boxes, tmp_path):
+    coco = json.loads((boxes / "boxes.json").read_text())
+    coco["annotations"][3]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
+    (tmp_path / "a.json").write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="a.json, annotation 1 of image .*: it has no segmentation, but 1 others have one"):
+        import_coco(tmp_path / "a.h5", tmp_path / "a.json", boxes)
+    mask = np.ones((8, 8), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    rows = [dict(label=1, box=(0, 0, 8, 8), area=64, iscrowd=0, rle=rle) for rle in (encode_mask(mask), b"")]
+    examples = [dict(image=buffer.getvalue(), width=8, height=8, id=i, file_name=f"{i}.png", split="train", instances=[row]) for i, row in enumerate(rows)]
+    with pytest.raises(ValueError, match="image 1 \\(1.png\\): some objects have a mask and others have none"):
+        write_dataset(tmp_path / "a.h5", ["a"], examples, "x")
+    assert nothing_new(tmp_path, ["a.json"])
+
+
+def test_the_model_says_what_it_needs_masks_for():
+    model = mask_rcnn("tiny")
+    image, target = torch.rand(3, 64, 64), dict(boxes=torch.tensor([[5., 5, 30, 40]]), labels=torch.tensor([2]))
+    batch = model.prepare([image], [target])
+    features = model.backbone(batch.images)
+    rpn = model.run_rpn(features, batch)
+    samples = model.select_samples(model.propose(rpn, batch, train=True), batch)
+    losses = model.rpn_losses(rpn, batch) | model.box_losses(features, samples, batch)
+    assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values()) and set(batch.targets) == {"boxes", "labels", "valid"}
+    with pytest.raises(ValueError, match="boxes but no masks"): model([image], [target])
+    drawn = {**target, "masks": torch.ones(1, 64, 64, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="some of these targets have masks and others have none"): model([image] * 2, [target, drawn])
+    with pytest.raises(ValueError, match="target 0 has 1 boxes, 1 labels and 2 masks"): model([image], [{**drawn, "masks": torch.ones(2, 64, 64)}])
+    with pytest.raises(ValueError, match="target 0 has no \\['labels'\\]"): model([image], [{"boxes": target["boxes"]}])
+
+
+@pytest.mark.parametrize("stages", [("rpn", "box", "mask"), ("mask",), ("joint",)])
+def test_training_says_at_once_that_masks_are_missing(boxes, tmp_path, stages):
+    with pytest.raises(ValueError, match="boxes.h5 has boxes but no masks, .*: train the stages rpn and box"):
+        train(boxes / "boxes.h5", tmp_path / "run", stages, "tiny")
+    assert nothing_new(tmp_path, [])
+
+
+def test_boxes_alone_from_training_to_report(boxes, tmp_path, capsys):
+    run = ["train", str(boxes / "boxes.h5"), "--out", str(tmp_path / "run"), "--preset", "tiny", "--epochs", "1"]
+    assert main(run) == 1 and "--stages rpn box" in capsys.readouterr().err and nothing_new(tmp_path, [])
+    assert main([*run, "--stages", "rpn", "box"]) == 0
+    metrics, history = (json.loads((tmp_path / "run" / name).read_text()) for name in ("metrics.json", "history.json"))
+    assert "bbox" in metrics and "segm" not in metrics and [h["stage"] for h in history] == ["rpn", "box"]
+    assert set(history[0]["train"]) == {"loss_objectness", "loss_rpn_box_reg"} and set(history[1]["val"]) == {"loss_classifier", "loss_box_reg"}
+    page = (tmp_path / "run/report.html").read_text()
+    assert "box AP50" in page and "mask AP50" not in page and "</b> Masks" not in page
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "r.json")]) == 0
+    first = capsys.readouterr().out.splitlines()[-4:]
+    assert main(["evaluate", "--results", str(tmp_path / "r.json"), str(boxes / "boxes.h5")]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == first and not any("segmentation" in row for row in json.loads((tmp_path / "r.json").read_text()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- the command
+
+def test_import_commands(folders, tmp_path_factory, capsys):
+    root = tmp_path_factory.mktemp("assignment")
+    Assignment(root).save()
+    out = folders.root / "out"
+    assert main(["import", "cis680", str(out / "c.h5"), str(root)]) == 0
+    assert main(["import", "masks", str(out / "m.h5"), "--images", str(folders.root / "photos"), "--masks", str(folders.root / "masks"), "--classes", "dog"]) == 0
+    assert len(InstanceDataset(out / "c.h5")) == 6 and InstanceDataset(out / "m.h5").classes == ["dog"]
+    capsys.readouterr()
+    assert main(["import"]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("coco", "masks", "cis680"))
+    for words in (["cis680", out / "c.h5", root], ["cis680", out / "x.h5", out], ["masks", out / "x.h5", "--images", out, "--masks", out], ["masks", out / "x.h5"], ["film", out / "x.h5"]):
+        assert main(["import", *map(str, words)]) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("maskrcnn-course: ") and said.count("\n") == 1
+    assert nothing_new(out, ["c.h5", "m.h5"])
+
+
+@pytest.mark.parametrize("kind", ["coco", "masks", "cis680"])
+def test_import_help_has_an_example(kind, capsys):
+    with pytest.raises(SystemExit) as e: main(["import", kind, "--help"])
+    assert e.value.code == 0 and f"Example: maskrcnn-course import {kind}" in " ".join(capsys.readouterr().out.split())
