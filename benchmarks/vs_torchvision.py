@@ -239,10 +239,10 @@ def nms(device, size):
     generator = torch.Generator().manual_seed(0)
     boxes = torch.stack([some_boxes(SIZES[size], 4000, generator) for _ in range(2)]).to(device)
     scores, levels = torch.rand(boxes.shape[:2]).to(device), torch.arange(4000, device=device).expand(2, -1) // 1000
-    valid = torch.ones_like(levels, dtype=torch.bool)
+    rows = boxes.view(2, 4, 1000, 4), scores.view(2, 4, 1000), torch.ones(2, 4, 1000, dtype=torch.bool, device=device)
     def theirs(): return [batched_nms(b, s, l, 0.7) for b, s, l in zip(boxes, scores, levels)]
-    def ours(): return nms_mask(boxes, scores, levels, valid, 0.7)
-    assert [set(k.tolist()) for k in theirs()] == [set(k.nonzero()[:, 0].tolist()) for k in ours()]
+    def ours(): return nms_mask(*rows, 0.7)
+    assert [set(k.tolist()) for k in theirs()] == [set(k.flatten().nonzero()[:, 0].tolist()) for k in ours()]
     return dict(ours=ours, theirs=theirs), 2
 
 

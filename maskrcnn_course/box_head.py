@@ -91,7 +91,7 @@ def box_loss(
     off = F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").sum(-1)
     return loss_classifier, (off * positive).sum() / valid.sum().clamp(min=1)
 
-# %% ../nbs/07_box_head.ipynb #7f46681b
+# %% ../nbs/07_box_head.ipynb #0cda4639
 def filter_detections(
     class_logits:Float[Tensor, "batch n classes"],  # of the proposals
     box_deltas:Float[Tensor, "batch n classes 4"],  # of the proposals
@@ -105,13 +105,14 @@ def filter_detections(
     min_size:float=1e-2,                            # shortest side, in pixels
 ) -> tuple[Float[Tensor, "batch d 4"], Int[Tensor, "batch d"], Float[Tensor, "batch d"], Bool[Tensor, "batch d"]]:
     "Boxes, labels and scores of the best detections, best first, padded; `valid` tells which are real."
-    batch, _, classes = class_logits.shape
-    scores = class_logits.softmax(-1)[..., 1:].flatten(1)
-    boxes = decode_boxes(box_deltas[:, :, 1:], proposals[:, :, None].expand(-1, -1, classes - 1, -1), weights).flatten(1, 2)
-    boxes = clip_boxes(boxes, sizes)
-    labels = torch.arange(1, classes, device=boxes.device).repeat(batch, proposals.shape[1])
-    valid = (scores > score_thresh) & valid.repeat_interleave(classes - 1, 1) & large_enough(boxes, min_size)
-    valid = nms_mask(boxes, scores, labels, valid, nms_thresh)
-    scores, best = scores.masked_fill(~valid, -1).topk(min(detections_per_img, scores.shape[1]))
+    scores = class_logits.softmax(-1)[..., 1:].transpose(1, 2)     # [batch, classes, n]: a row for each class
+    deltas = box_deltas[:, :, 1:].transpose(1, 2)
+    boxes = decode_boxes(deltas, proposals[:, None].expand_as(deltas), weights)
+    boxes = clip_boxes(boxes.flatten(1, 2), sizes).view_as(boxes)
+    valid = (scores > score_thresh) & valid[:, None] & large_enough(boxes, min_size)
+    valid = nms_mask(boxes, scores, valid, nms_thresh)
+    labels = torch.arange(1, valid.shape[1] + 1, device=boxes.device)[:, None].expand_as(valid)
+    boxes, labels, scores = boxes.flatten(1, 2), labels.flatten(1), scores.masked_fill(~valid, -1).flatten(1)
+    scores, best = scores.topk(min(detections_per_img, scores.shape[1]))
     valid = scores >= 0
     return gather_boxes(boxes, best) * valid[..., None], gather_boxes(labels, best) * valid, scores.clamp(min=0), valid

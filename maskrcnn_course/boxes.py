@@ -4,7 +4,8 @@
 __all__ = ['MAX_LOG_SCALE', 'box_area', 'box_iou', 'clip_boxes', 'large_enough', 'encode_boxes', 'decode_boxes', 'nms',
            'batched_nms', 'nms_mask', 'apply_to_valid', 'gather_boxes']
 
-# %% ../nbs/02_boxes.ipynb #238be48f
+# %% ../nbs/02_boxes.ipynb #3b400970
+import functools
 import math
 import torch
 import torchvision
@@ -106,34 +107,58 @@ def batched_nms(
     low, high = boxes.min(), boxes.max()
     return nms(boxes + (groups * (high - low + 1))[:, None], scores, iou_threshold)
 
-# %% ../nbs/02_boxes.ipynb #075606bb
-def _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold):
-    "One call for the batch: every image is a row of places, every group a column, and padding has the first."
-    images = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(groups)
-    place = torch.stack([torch.where(valid, groups + 1, 0), images], -1).tile(2)
-    apart = boxes + place * (boxes.max() - boxes.min() + 1)
-    keep = torch.zeros_like(valid)
-    keep.view(-1)[nms(apart.flatten(0, 1), scores.flatten(), iou_threshold)] = True
-    return keep & valid
+# %% ../nbs/02_boxes.ipynb #c517b4f0
+@functools.cache
+def _nms_kernel():
+    "Suppression of one row of boxes, best first; None where PyTorch has no Triton."
+    try: import triton, triton.language as tl
+    except ImportError: return None
+    @triton.jit
+    def kernel(boxes, counts, keep, n, iou_threshold, SIZE: tl.constexpr):
+        row, i = tl.program_id(0), tl.arange(0, SIZE)             # SIZE is a power of two, n or more
+        boxes += 4 * n * row
+        x1, y1 = tl.load(boxes + 4 * i, i < n, 0.), tl.load(boxes + 4 * i + 1, i < n, 0.)
+        x2, y2 = tl.load(boxes + 4 * i + 2, i < n, 0.), tl.load(boxes + 4 * i + 3, i < n, 0.)
+        count = tl.load(counts + row)
+        kept = (i < count).to(tl.int32)                           # padding comes last
+        for k in range(count):
+            if tl.sum(tl.where(i == k, kept, 0)) > 0:             # box k is still there: who overlaps it?
+                kx1, ky1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
+                kx2, ky2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
+                width, height = tl.minimum(x2, kx2) - tl.maximum(x1, kx1), tl.minimum(y2, ky2) - tl.maximum(y1, ky1)
+                overlap = tl.maximum(width, 0.) * tl.maximum(height, 0.)
+                union = (x2 - x1) * (y2 - y1) + (kx2 - kx1) * (ky2 - ky1) - overlap
+                if boxes.dtype.element_ty == tl.float64: iou = overlap / union
+                else: iou = tl.fdiv(overlap, union, ieee_rounding=True)   # else Triton's division of float32 is approximate
+                kept = tl.where((i > k) & (iou > iou_threshold), 0, kept)
+        tl.store(keep + n * row + i, kept, i < n)
+    return kernel
 
-# %% ../nbs/02_boxes.ipynb #dc2832d9
+# %% ../nbs/02_boxes.ipynb #c6ccf713
+def _nms_mask_by_kernel(boxes, scores, valid, iou_threshold):
+    "`nms_mask` of [rows, n] boxes in one go, without waiting for the GPU."
+    n, order = valid.shape[1], scores.masked_fill(~valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    size, keep = 1 << (n - 1).bit_length(), torch.empty_like(order, dtype=torch.int32)
+    _nms_kernel()[(len(boxes),)](boxes.take_along_dim(order[..., None], 1).contiguous(), valid.sum(1), keep, n, iou_threshold, size, num_warps=min(16, max(4, size // 256)))
+    return torch.zeros_like(valid).scatter(1, order, keep.bool())
+
+# %% ../nbs/02_boxes.ipynb #7865d797
 def nms_mask(
-    boxes:Float[Tensor, "batch n 4"], # x1 y1 x2 y2 in pixels
-    scores:Float[Tensor, "batch n"],  # the higher, the earlier a box is kept
-    groups:Int[Tensor, "batch n"],    # level or class, from 0
-    valid:Bool[Tensor, "batch n"],    # false for padding, which is never kept and removes nothing
-    iou_threshold:float,              # a box that overlaps a kept one of its image and group by more than this goes
-) -> Bool[Tensor, "batch n"]:
-    "NMS within each group of every image of a batch, as a mask of fixed shape."
+    boxes:Float[Tensor, "*batch n 4"], # x1 y1 x2 y2 in pixels
+    scores:Float[Tensor, "*batch n"],  # the higher, the earlier a box is kept
+    valid:Bool[Tensor, "*batch n"],    # false for padding, which is never kept and removes nothing
+    iou_threshold:float,               # a box that overlaps a kept one of its row by more than this goes
+) -> Bool[Tensor, "*batch n"]:
+    "NMS within each row of `n` boxes, as a mask of fixed shape."
     if boxes.numel() == 0: return valid
-    if boxes.is_cuda: return _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold)
-    keep = torch.zeros_like(valid)
-    for k, b, s, g, v in zip(keep, boxes, scores, groups, valid):
-        real = v.nonzero()[:, 0]
-        for group in g[real].unique():
-            i = real[g[real] == group]
-            k[i[nms(b[i], s[i], iou_threshold)]] = True
-    return keep
+    rows = [t.reshape(-1, valid.shape[-1], *t.shape[valid.dim():]) for t in (boxes, scores, valid)]
+    if boxes.is_cuda and _nms_kernel(): return _nms_mask_by_kernel(*rows, iou_threshold).view(valid.shape)
+    keep = torch.zeros_like(rows[2])
+    for row in rows[2].any(1).nonzero()[:, 0].tolist():
+        b, s, v = (t[row] for t in rows)
+        i = v.nonzero()[:, 0]
+        keep[row, i[nms(b[i], s[i], iou_threshold)]] = True
+    return keep.view(valid.shape)
 
 # %% ../nbs/02_boxes.ipynb #97c42d16
 def apply_to_valid(

@@ -66,7 +66,7 @@ def rpn_loss(
     off = F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").sum(-1)
     return masked_mean(wrong, sampled), (off * positive).sum() / sampled.sum().clamp(min=1)
 
-# %% ../nbs/04_rpn.ipynb #30d451c4
+# %% ../nbs/04_rpn.ipynb #49772946
 def filter_proposals(
     objectness:list,                # logits [batch, anchors] per level
     deltas:list,                    # [batch, anchors, 4] per level
@@ -79,15 +79,16 @@ def filter_proposals(
     min_size:float=1e-3,            # shortest side, in pixels
 ) -> tuple[Float[Tensor, "batch n 4"], Float[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
     "The best boxes of each image with their probabilities, best first, padded; `valid` tells which are real."
-    boxes, scores, levels = [], [], []
-    for level, (o, d, a) in enumerate(zip(objectness, deltas, anchors)):
-        logits, top = o.topk(min(pre_nms_top_n, o.shape[1]))
-        boxes.append(decode_boxes(gather_boxes(d, top), a[top]))
-        scores.append(logits.sigmoid())
-        levels.append(torch.full_like(top, level))
-    boxes, scores, levels = clip_boxes(torch.cat(boxes, 1), sizes), torch.cat(scores, 1), torch.cat(levels, 1)
-    valid = large_enough(boxes, min_size) & (scores >= score_thresh)
-    valid = nms_mask(boxes, scores, levels, valid, nms_thresh)
-    scores, best = scores.masked_fill(~valid, -1).topk(min(post_nms_top_n, scores.shape[1]))
+    boxes, scores, n = [], [], min(pre_nms_top_n, max(o.shape[1] for o in objectness))
+    for o, d, a in zip(objectness, deltas, anchors):
+        logits, top = o.topk(min(n, o.shape[1]))
+        spare = n - top.shape[1]                                   # a level with fewer anchors is padded
+        boxes.append(F.pad(clip_boxes(decode_boxes(gather_boxes(d, top), a[top]), sizes), (0, 0, 0, spare)))
+        scores.append(F.pad(logits.sigmoid(), (0, spare), value=-1.))
+    boxes, scores = torch.stack(boxes, 1), torch.stack(scores, 1)  # [batch, levels, n]
+    valid = large_enough(boxes, min_size) & (scores >= max(score_thresh, 0.))
+    valid = nms_mask(boxes, scores, valid, nms_thresh)
+    boxes, scores = boxes.flatten(1, 2), scores.masked_fill(~valid, -1).flatten(1)
+    scores, best = scores.topk(min(post_nms_top_n, scores.shape[1]))
     valid = scores >= 0
     return gather_boxes(boxes, best) * valid[..., None], scores.clamp(min=0), valid

@@ -1,5 +1,8 @@
 "Boxes against torchvision: thousands of random cases, and the corners where bugs live."
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from maskrcnn_course.boxes import (MAX_LOG_SCALE, _nms_mask_at_once, apply_to_valid, batched_nms, box_area, box_iou,
+from maskrcnn_course.boxes import (MAX_LOG_SCALE, _nms_kernel, apply_to_valid, batched_nms, box_area, box_iou,
                                    clip_boxes, decode_boxes, encode_boxes, gather_boxes, large_enough, nms, nms_mask)
 
 settings.register_profile("quick", max_examples=150, deadline=None)
@@ -140,35 +143,69 @@ def test_groups_stay_apart_though_boxes_reach_below_zero():
     assert len(ops.batched_nms(boxes, scores, groups, .5)) == 1  # torchvision moves the second onto the first
 
 
-@given(detections(least=1, most=30), threshold, st.integers(1, 4), st.randoms(use_true_random=False))
-def test_nms_of_a_padded_batch(found, iou_threshold, images, random):
+def in_rows(found, rows, random):
+    "The detections in several orders, some of them padding."
     n = len(found[0])
-    order = tensor([random.sample(range(n), n) for _ in range(images)])
-    boxes, scores, groups = (t[order] for t in found)
-    valid = tensor([[random.random() < .7 for _ in range(n)] for _ in range(images)])
-    keep = nms_mask(boxes, scores, groups, valid, iou_threshold)
-    for k, b, s, g, v in zip(keep, boxes, scores, groups, valid):
-        assert torch.equal(k[v].nonzero()[:, 0], batched_nms(b[v], s[v], g[v], iou_threshold).sort()[0])
+    order = tensor([random.sample(range(n), n) for _ in range(rows)])
+    return *(t[order] for t in found[:2]), tensor([[random.random() < .7 for _ in range(n)] for _ in range(rows)])
+
+
+@given(detections(least=1, most=30), threshold, st.integers(1, 4), st.randoms(use_true_random=False))
+def test_nms_of_a_padded_batch(found, iou_threshold, rows, random):
+    boxes, scores, valid = in_rows(found, rows, random)
+    keep = nms_mask(boxes, scores, valid, iou_threshold)
+    for k, b, s, v in zip(keep, boxes, scores, valid): assert torch.equal(k[v].nonzero()[:, 0], nms(b[v], s[v], iou_threshold).sort()[0])
     assert not (keep & ~valid).any()
-    assert torch.equal(keep, _nms_mask_at_once(boxes, scores, groups, valid, iou_threshold))
+    two = [torch.stack([t, t]) for t in (boxes, scores, valid)]
+    assert torch.equal(nms_mask(*two, iou_threshold), torch.stack([keep, keep]))  # any leading dimensions
 
 
-@pytest.mark.parametrize("way", [nms_mask, _nms_mask_at_once])
-def test_padding_never_matters(way):
-    boxes = torch.rand(2, 30, 4).mul(50).cumsum(-1)
-    scores, groups, valid = torch.rand(2, 30), torch.randint(3, (2, 30)), torch.rand(2, 30) > .4
-    keep = way(boxes, scores, groups, valid, .3)
-    boxes[~valid], scores[~valid], groups[~valid] = tensor([0., 0, 90, 90]), 2., 1
-    assert torch.equal(way(boxes, scores, groups, valid, .3), keep)
+def test_the_kernel_keeps_what_nms_keeps():
+    pytest.importorskip("triton")
+    program = """
+import torch
+from maskrcnn_course.boxes import _nms_mask_by_kernel, nms_mask
+for n in (1, 2, 7, 40):
+    for dtype in (torch.float32, torch.float64):
+        for iou_threshold in (0., .5, 1.):
+            corners = torch.randint(-9, 90, (5, n, 2))
+            boxes = torch.cat([corners, corners + torch.randint(0, 60, (5, n, 2))], -1).to(dtype)
+            scores, valid = torch.rand(5, n, dtype=dtype).round(decimals=1), torch.rand(5, n) > .3  # with ties: the first goes first
+            valid[0], valid[1] = False, True
+            keep = _nms_mask_by_kernel(boxes, scores, valid, iou_threshold)
+            assert torch.equal(keep, nms_mask(boxes, scores, valid, iou_threshold)), (n, dtype, iou_threshold)
+            boxes[~valid], scores[~valid] = torch.tensor([0., 0, 90, 90], dtype=dtype), 2.  # padding never matters
+            assert torch.equal(keep, _nms_mask_by_kernel(boxes, scores, valid, iou_threshold))
+"""  # in a process of its own: Triton asks once whether to interpret
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.parametrize("size, kind", [(32, "fp32"), (2048, "fp32"), (1024, "fp64")])
+def test_the_kernel_compiles_for_a_gpu(size, kind):
+    pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    signature = dict(boxes=f"*{kind}", counts="*i64", keep="*i32", n="i32", iou_threshold="fp32", SIZE="constexpr")
+    try: program = compile(ASTSource(_nms_kernel(), signature, dict(SIZE=size)), target=GPUTarget("cuda", 90, 32))
+    except RuntimeError as e: pytest.skip(f"no compiler for it here: {e}") if "ptxas" in str(e) else pytest.fail(str(e))
+    assert len(program.asm["ptx"]) > 1000
+    assert "div.full" not in program.asm["ptx"]  # exact division, as torchvision's
+
+
+def test_padding_never_matters():
+    boxes = torch.rand(4, 30, 4).mul(50).cumsum(-1)
+    scores, valid = torch.rand(4, 30), torch.rand(4, 30) > .4
+    keep = nms_mask(boxes, scores, valid, .3)
+    boxes[~valid], scores[~valid] = tensor([0., 0, 90, 90]), 2.
+    assert torch.equal(nms_mask(boxes, scores, valid, .3), keep)
 
 
 def test_nothing_in_nothing_out():
     none = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert len(nms(*none[:2], .5)) == len(batched_nms(*none, .5)) == 0
-    empty = nms_mask(torch.zeros(2, 0, 4), torch.zeros(2, 0), none[2].expand(2, 0), torch.zeros(2, 0, dtype=torch.bool), .5)
+    empty = nms_mask(torch.zeros(2, 0, 4), torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), .5)
     assert empty.shape == (2, 0)
-    all_padding = nms_mask(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64),
-                           torch.zeros(2, 3, dtype=torch.bool), .5)
+    all_padding = nms_mask(torch.zeros(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), .5)
     assert not all_padding.any()
 
 
@@ -206,9 +243,12 @@ def test_shapes_and_kinds_that_do_not_fit_are_refused():
 def test_the_gpu_keeps_what_the_cpu_keeps():
     corners = torch.randint(0, 200, (16, 300, 2))
     boxes = torch.cat([corners, corners + torch.randint(1, 80, (16, 300, 2))], -1).float()
-    scores, groups, valid = torch.rand(16, 300), torch.randint(90, (16, 300)), torch.rand(16, 300) > .2
-    keep = nms_mask(boxes, scores, groups, valid, .3)
-    assert torch.equal(nms_mask(*(t.cuda() for t in (boxes, scores, groups, valid)), .3).cpu(), keep)
+    scores, valid = torch.rand(16, 300), torch.rand(16, 300) > .2
+    keep = nms_mask(boxes, scores, valid, .5)
+    assert torch.equal(nms_mask(*(t.cuda() for t in (boxes, scores, valid)), .5).cpu(), keep)
+    torch.cuda.set_sync_debug_mode("error")
+    try: nms_mask(*(t.cuda(non_blocking=True) for t in (boxes.pin_memory(), scores.pin_memory(), valid.pin_memory())), .5)
+    finally: torch.cuda.set_sync_debug_mode("default")
     double = apply_to_valid(lambda t: 2 * t, valid.cuda(), boxes.cuda()).cpu()
     assert torch.equal(double[valid], 2 * boxes[valid])
 
