@@ -97,7 +97,7 @@ def _resize(images, size, mode):
     "Images [n, channels, height, width] in another size."
     return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode=mode)
 
-# %% ../nbs/10_mask_rcnn.ipynb #97185ede
+# %% ../nbs/10_mask_rcnn.ipynb #67ff4036
 class MaskRCNN(nn.Module):
     "Faster R-CNN on a feature pyramid, with RoIAlign and a mask branch (He et al., 2017)."
     def __init__(self,
@@ -271,12 +271,13 @@ class MaskRCNN(nn.Module):
 
     def postprocess(self, detections:tuple, mask_logits:Tensor, batch:Batch) -> list:
         "Torchvision's prediction dicts, in the coordinates of the images as they came."
-        results = []
-        for box, label, score, valid, mask, size, original in zip(*detections, mask_logits, batch.sizes, batch.original_sizes):
-            ratio = torch.tensor(original, device=box.device) / size
-            box = box[valid] * ratio.flip(0).repeat(2).to(box)
-            results.append(dict(boxes=box, labels=label[valid], scores=score[valid],
-                                masks=paste_masks(mask[valid].sigmoid(), box, original)[:, None]))
+        (boxes, labels, scores, valid), results = detections, []
+        ratios = torch.tensor(batch.original_sizes).to(boxes.device, non_blocking=True) / batch.sizes
+        counts = valid.sum(1).tolist()  # the one question: how many are real in each image; they stand first
+        for i, (n, original) in enumerate(zip(counts, batch.original_sizes)):
+            box = boxes[i, :n] * ratios[i].flip(0).repeat(2).to(boxes)
+            results.append(dict(boxes=box, labels=labels[i, :n], scores=scores[i, :n],
+                                masks=paste_masks(mask_logits[i, :n].sigmoid(), box, original)[:, None]))
         return results
 
     @torch.no_grad()
