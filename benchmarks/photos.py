@@ -9,15 +9,20 @@ Ours computes in bfloat16 where the processor has it, as it does by default; tor
     python benchmarks/photos.py stages               # ours, in three stages
     python benchmarks/photos.py no-scenes            # begin with ImageNet's body and random heads
     python benchmarks/photos.py no-flip              # or any other augmentation
+    python benchmarks/photos.py float32              # ours, as precise as torchvision's
+    python benchmarks/photos.py half                 # of the photos, for twice the epochs; or a quarter
 """
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import h5py
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -28,7 +33,24 @@ from maskrcnn_course.training import RECIPES, augmentation, evaluate_model, trai
 from scenes_vs_torchvision import cpu_name, measure, trainable_targets
 
 AUGMENT = ("flip", "colour", "shrink", "crop")
-NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), "with-paste")
+PARTS = {"half": 2, "quarter": 4}
+NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), "with-paste", "float32", *PARTS)
+
+
+def part_of(data, out, times):
+    "A copy of a data set in which only one of so many training photos is trained on."
+    with h5py.File(shutil.copy(data, out / "part.h5"), "r+") as f:
+        images = f["images"][:]
+        train = np.random.default_rng(0).permutation(np.flatnonzero(images["split"] == b"train"))
+        images["split"][train[len(train) // times:]] = b"left out"
+        f["images"][:] = images
+    return out / "part.h5"
+
+
+def about(seed):
+    "Where and with what a result came to be."
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return dict(commit=commit, seed=seed, machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__))
 
 
 def train_torchvision(args, out):
@@ -62,8 +84,10 @@ def train_ours(args, out):
     "Ours, jointly or in three stages."
     names = [a for a in AUGMENT if args.name != f"no-{a}"] + ["paste"] * (args.name == "with-paste")
     stages = ("rpn", "box", "mask") if args.name == "stages" else ("joint",)
-    train(args.data, out, stages, epochs=dict(rpn=args.epochs, box=args.epochs // 2, mask=args.epochs // 2, joint=args.epochs), seed=args.seed,
-          augment=tuple(names), looks=4, start=None if args.name == "no-scenes" else args.start)
+    times = PARTS.get(args.name, 1)
+    data, epochs = part_of(args.data, Path(out), times) if times > 1 else args.data, times * args.epochs
+    train(data, out, stages, epochs=dict(rpn=epochs, box=epochs // 2, mask=epochs // 2, joint=epochs), seed=args.seed,
+          augment=tuple(names), looks=4, mixed_precision="no" if args.name == "float32" else "auto", start=None if args.name == "no-scenes" else args.start)
     return load_model(Path(out) / "model.safetensors")[0]
 
 
@@ -82,10 +106,8 @@ def main():
     spent = dict(seconds=time.time() - start, core_seconds=time.process_time() - cpu)
     dataset = InstanceDataset(args.data, "val")
     metrics = measure(model, dataset) if args.name == "torchvision" else evaluate_model(model, dataset)[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    result = dict(command=f"python benchmarks/photos.py {args.name} --epochs {args.epochs} --seed {args.seed}", commit=commit, seed=args.seed, epochs=args.epochs,
-                  images=len(InstanceDataset(args.data, "train")), **spent,
-                  machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__), **metrics)
+    result = dict(command=f"python benchmarks/photos.py {args.name} --epochs {args.epochs} --seed {args.seed}", **about(args.seed), epochs=args.epochs,
+                  images=len(InstanceDataset(args.data, "train")) // PARTS.get(args.name, 1), **spent, **metrics)
     out = Path(args.out) / f"photos_{args.name}_{args.seed}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))

@@ -1,61 +1,109 @@
-"""Draw what trained models find on images that they were not trained on, for the README.
+"""Draw what trained models find on images that they were not trained on, and what they get wrong, for the README and chapter 15.
 
     python benchmarks/pictures.py scenes runs/scenes data/scenes.h5
-    python benchmarks/pictures.py photos runs/photos coco/instances_val.json coco/images
+    python benchmarks/pictures.py photos runs/photos data/coco3.h5
+    python benchmarks/pictures.py mistakes runs/photos data/coco3.h5
 
-Of photos, only those whose licence is plain CC BY are shown: the first eight of them that show something. Their credits are written beside the picture.
+Of photos, only those whose licence is plain CC BY are shown. Their credits are written into nbs/images/CREDITS.md. `mistakes` shows the worst of each
+kind among them, and writes what each kind costs on all validation photos to benchmarks/results/photos_ladder.json.
 """
 import argparse
 import json
+import re
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resize, to_pil_image
 from torchvision.utils import make_grid
 
 from maskrcnn_course.data import InstanceDataset
+from maskrcnn_course.evaluation import MISTAKES, classify_mistakes, oracle_ladder, paired_iou
 from maskrcnn_course.mask_rcnn import load_model
-from maskrcnn_course.predict import draw, predict, read_photo
+from maskrcnn_course.predict import draw, predict
+from maskrcnn_course.training import evaluate_model
+from photos import about
 
-IMAGES = Path(__file__).resolve().parent.parent / "nbs/images"
-CC_BY = "http://creativecommons.org/licenses/by/2.0/"
-
-
-def scenes(args):
-    "Eight scenes of the validation part, the first."
-    dataset = InstanceDataset(args.data, "val")
-    return [resize((dataset[i][0] * 255).round().to(torch.uint8), [384, 512], InterpolationMode.BICUBIC) for i in range(8)], None
+ROOT = Path(__file__).resolve().parent.parent
+IMAGES, CC_BY = ROOT / "nbs/images", "http://creativecommons.org/licenses/by/2.0/"
+GREEN, RED = "#2ca02c", "#d62728"
 
 
-def photos(args):
-    "Eight photos that may be shown, and whom to thank for them."
-    about = json.loads(Path(args.data).read_text())
-    licenses = {license["id"]: license["url"] for license in about["licenses"]}
-    shown = {annotation["image_id"] for annotation in about["annotations"]}
-    chosen = [image for image in about["images"] if licenses[image["license"]] == CC_BY and image["id"] in shown][:8]
-    credits = [f"| {i} | COCO {image['id']} | <{image['flickr_url']}> | [CC BY 2.0]({CC_BY}) |" for i, image in enumerate(chosen, 1)]
-    return [read_photo(Path(args.images) / image["file_name"]) for image in chosen], credits
+def photo(dataset, i): return (dataset[i][0] * 255).round().to(torch.uint8)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["scenes", "photos"])
-    parser.add_argument("run", help="folder of a run")
-    parser.add_argument("data", help="an HDF5 file of scenes; of photos their annotations")
-    parser.add_argument("images", nargs="?", help="folder of the photos")
-    args = parser.parse_args()
-    model, classes, _ = load_model(Path(args.run) / "model.safetensors")
-    images, credits = scenes(args) if args.kind == "scenes" else photos(args)
+def may_be_shown(dataset): return [i for i in range(len(dataset)) if dataset.info(i)["license"].endswith(CC_BY)]
+
+
+def credit(picture, text, entries):
+    "Write whom to thank for a picture's photos, in the place of what was said of that picture before."
+    path = IMAGES / "CREDITS.md"
+    others = [s for s in re.split(r"(?m)^(?=## )", path.read_text())[1:] if not s.startswith(f"## {picture}\n")] if path.is_file() else []
+    rows = [f"| {i} | COCO {e['id']} | <{e['url']}> | [CC BY 2.0]({CC_BY}) |" for i, e in enumerate(entries, 1)]
+    section = "\n".join([f"## {picture}", "", text, "", "| | photo | from | licence |", "|---|---|---|---|", *rows, "", ""])
+    path.write_text("# Credits\n\n" + "".join(sorted([*others, section])))
+
+
+def found(kind, model, classes, dataset):
+    "Eight images in a grid, with what the model finds in them."
+    if kind == "scenes": images = [resize(photo(dataset, i), [384, 512], InterpolationMode.BICUBIC) for i in range(8)]
+    else:
+        chosen = [i for i in may_be_shown(dataset) if len(dataset[i][1]["labels"])][:8]
+        images = [photo(dataset, i) for i in chosen]
+        credit("photos_masks.jpg", "Row by row: cropped and scaled, with masks and boxes drawn over them.", [dataset.info(i) for i in chosen])
     drawn = [draw(image, predict(model, [image])[0], classes, 0.5) for image in images]
     size = [min(image.shape[i] for image in drawn) for i in (1, 2)]
     grid = make_grid([image[:, :size[0], :size[1]] for image in drawn], nrow=4, padding=6, pad_value=255)
     picture = to_pil_image(grid)
-    picture.resize((1200, round(1200 * picture.height / picture.width)), Image.LANCZOS).save(IMAGES / f"{args.kind}_masks.jpg", quality=85)
-    if credits:
-        text = ["# Credits", "", "The photos of `photos_masks.jpg`, row by row: cropped and scaled, with masks and boxes drawn over them.", "",
-                "| | photo | from | licence |", "|---|---|---|---|", *credits, ""]
-        (IMAGES / "CREDITS.md").write_text("\n".join(text))
+    picture.resize((1200, round(1200 * picture.height / picture.width)), Image.LANCZOS).save(IMAGES / f"{kind}_masks.jpg", quality=85)
+
+
+def badness(kind, row, annotation):
+    "The surer a detection and the farther from its object, the worse; of the objects missed, the largest."
+    if kind == "missed": return annotation["area"]
+    if kind == "localization": return row["score"] * (1 - paired_iou(*(torch.tensor([a["bbox"]]).numpy() for a in (row, annotation)), torch.zeros(1, dtype=bool).numpy())[0])
+    return row["score"] * (kind != "background" or annotation is None)  # a crowd is no background
+
+
+def show_mistakes(mistakes, classes, dataset, columns=4):
+    "A row of photos for each kind of mistake: what was found (red), and the object meant or missed (green, dashed)."
+    allowed = {dataset.image_ids[i]: i for i in may_be_shown(dataset)}
+    fig, axes = plt.subplots(len(MISTAKES), columns, figsize=(12, 12.6), layout="constrained")
+    shown = []
+    for kind, row_of_axes in zip(MISTAKES, axes):
+        worst = {}  # one of each photo
+        for k, row, a, _ in sorted((m for m in mistakes if m[0] == kind), key=lambda m: -badness(*m[:3])):
+            image = (row or a)["image_id"]
+            if image in allowed: worst.setdefault(image, (row, a))
+        for ax in row_of_axes: ax.axis("off")
+        row_of_axes[0].text(-0.03, 0.5, kind, rotation=90, ha="right", va="center", fontsize=13, transform=row_of_axes[0].transAxes)
+        for ax, (image, (row, a)) in zip(row_of_axes, worst.items()):
+            ax.imshow(photo(dataset, allowed[image]).permute(1, 2, 0))
+            shown.append(dataset.info(allowed[image]))
+            for r, color, style in ((a, GREEN, "--"), (row, RED, "-")):
+                if r: ax.add_patch(plt.Rectangle(r["bbox"][:2], *r["bbox"][2:], fill=False, ec=color, ls=style, lw=2.2))
+            said = f"found: {classes[row['category_id'] - 1]} {row['score']:.2f}" if row else "found: nothing"
+            ax.set_title(said + (f"; there: {classes[a['category_id'] - 1]}" if a else "; there: nothing"), fontsize=9)
+    fig.savefig(IMAGES / "photos_mistakes.jpg", dpi=100, pil_kwargs=dict(quality=80))
+    credit("photos_mistakes.jpg", "Row by row: with boxes drawn over them.", shown)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["scenes", "photos", "mistakes"])
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("data", help="the HDF5 file")
+    args = parser.parse_args()
+    (model, classes, _), dataset = load_model(Path(args.run) / "model.safetensors"), InstanceDataset(args.data, "val")
+    if args.kind != "mistakes": return found(args.kind, model, classes, dataset)
+    _, results = evaluate_model(model, dataset)
+    gt = dataset.coco()
+    show_mistakes(classify_mistakes(gt, results), classes, dataset)
+    ladders = {kind: oracle_ladder(gt, results, kind) for kind in ("bbox", "segm")}
+    counts = {step: sum(m[0] == step for m in classify_mistakes(gt, results)) for step in MISTAKES}
+    report = dict(command=f"python benchmarks/pictures.py mistakes {args.run} {args.data}", **about(None), images=len(dataset), counts=counts, **ladders)
+    (ROOT / "benchmarks/results/photos_ladder.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__": main()
