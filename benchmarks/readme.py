@@ -4,6 +4,7 @@
 """
 import json
 from pathlib import Path
+from statistics import mean, median, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
@@ -23,13 +24,25 @@ def section():
              "scenes_joint_torchvision_30": "scenes, torchvision's Mask R-CNN, jointly: `python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15`",
              "scenes_joint_ours_54": "scenes, ours, jointly: `python benchmarks/scenes_vs_torchvision.py --minutes 54`",
              "scenes_joint_torchvision_54": "scenes, torchvision's, jointly, beside it",
-             "laptop_coco3": "232 photos of COCO, three stages (see [data/README.md](data/README.md))"}
+             "laptop_coco3": "232 photos of COCO, begun from scenes, jointly (see [data/README.md](data/README.md))"}
     rows = [row(name, json.loads(path.read_text())) for stem, name in known.items()
             if (path := ROOT / f"benchmarks/results/{stem}.json").is_file()]
     return "\n".join([START, "## What it reaches", "", "On two CPU cores, on images never trained on; of the scenes, also on kinds of vehicles, persons and animals never trained on. The table is",
                       "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
                       "| what | core-minutes | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
-                      "|---|---|---|---|---|---|---|---|", *rows, END])
+                      "|---|---|---|---|---|---|---|---|", *rows, photos(), END])
+
+
+def photos():
+    "Torchvision's Mask R-CNN and ours on photos, mean and spread of three seeds."
+    rows = []
+    for arm, name in {"torchvision": "torchvision's, jointly", "ours": "ours, jointly", "stages": "ours, in three stages"}.items():
+        runs = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob(f"photos_{arm}_?.json"))]
+        values = [[r[kind][number] for r in runs] for kind in ("bbox", "segm") for number in ("AP", "AP50")]
+        rows.append(f"| {name} | {median(r['core_seconds'] for r in runs) / 60:.0f} | " + " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in values) + " |")
+    return "\n".join(["", "The same photos, first weights, augmentation, optimiser, schedule and epochs for both, few enough for many runs (`python benchmarks/photos.py`); mean and spread of three seeds.",
+                      "What each part of the recipe is worth, and where AP is lost: [notebook 15](nbs/15_photos.ipynb).", "",
+                      "| photos | core-minutes | box AP | box AP50 | mask AP | mask AP50 |", "|---|---|---|---|---|---|", *rows])
 
 
 def speed():
