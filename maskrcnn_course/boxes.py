@@ -4,8 +4,9 @@
 __all__ = ['MAX_LOG_SCALE', 'box_area', 'box_iou', 'clip_boxes', 'large_enough', 'encode_boxes', 'decode_boxes', 'nms',
            'batched_nms', 'nms_mask', 'apply_to_valid', 'gather_boxes']
 
-# %% ../nbs/02_boxes.ipynb #3b400970
+# %% ../nbs/02_boxes.ipynb #6f4c0078
 import functools
+import inspect
 import math
 import torch
 import torchvision
@@ -107,13 +108,12 @@ def batched_nms(
     low, high = boxes.min(), boxes.max()
     return nms(boxes + (groups * (high - low + 1))[:, None], scores, iou_threshold)
 
-# %% ../nbs/02_boxes.ipynb #c517b4f0
+# %% ../nbs/02_boxes.ipynb #6708e960
 @functools.cache
 def _nms_kernel():
     "Suppression of one row of boxes, best first; None where PyTorch has no Triton."
     try: import triton, triton.language as tl
     except ImportError: return None
-    @triton.jit
     def kernel(boxes, counts, keep, n, iou_threshold, SIZE: tl.constexpr):
         row, i = tl.program_id(0), tl.arange(0, SIZE)             # SIZE is a power of two, n or more
         boxes += 4 * n * row
@@ -122,17 +122,17 @@ def _nms_kernel():
         count = tl.load(counts + row)
         kept = (i < count).to(tl.int32)                           # padding comes last
         for k in range(count):
-            if tl.sum(tl.where(i == k, kept, 0)) > 0:             # box k is still there: who overlaps it?
-                kx1, ky1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
-                kx2, ky2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
-                width, height = tl.minimum(x2, kx2) - tl.maximum(x1, kx1), tl.minimum(y2, ky2) - tl.maximum(y1, ky1)
-                overlap = tl.maximum(width, 0.) * tl.maximum(height, 0.)
-                union = (x2 - x1) * (y2 - y1) + (kx2 - kx1) * (ky2 - ky1) - overlap
-                if boxes.dtype.element_ty == tl.float64: iou = overlap / union
-                else: iou = tl.fdiv(overlap, union, ieee_rounding=True)   # else Triton's division of float32 is approximate
-                kept = tl.where((i > k) & (iou > iou_threshold), 0, kept)
+            alive = tl.gather(kept, i * 0 + k, 0)                 # is box k still there? and who overlaps it?
+            kx1, ky1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
+            kx2, ky2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
+            width, height = tl.minimum(x2, kx2) - tl.maximum(x1, kx1), tl.minimum(y2, ky2) - tl.maximum(y1, ky1)
+            overlap = tl.maximum(width, 0.) * tl.maximum(height, 0.)
+            union = (x2 - x1) * (y2 - y1) + (kx2 - kx1) * (ky2 - ky1) - overlap
+            if boxes.dtype.element_ty == tl.float64: iou = overlap / union
+            else: iou = tl.fdiv(overlap, union, ieee_rounding=True)   # else Triton's division of float32 is approximate
+            kept = tl.where((alive > 0) & (i > k) & (iou > iou_threshold), 0, kept)
         tl.store(keep + n * row + i, kept, i < n)
-    return kernel
+    return triton.jit(inspect.unwrap(kernel))                     # Triton reads its source: no wrapper that checks types
 
 # %% ../nbs/02_boxes.ipynb #c6ccf713
 def _nms_mask_by_kernel(boxes, scores, valid, iou_threshold):
