@@ -295,13 +295,13 @@ def results_from_predictions(
         results += rows
     return results
 
-# %% ../nbs/09_evaluation.ipynb #faaac9bb
+# %% ../nbs/09_evaluation.ipynb #1c5a94f1
 MISTAKES = ("localization", "classification", "duplicate", "background", "missed")
 
 def _take(ious:Float[np.ndarray, "objects"], free:Bool[np.ndarray, "objects"]) -> int:
-    "The free object of highest IoU, -1 if none has 0.1."
+    "The free object of highest IoU, of equals the last; -1 if none has 0.1."
     ious = np.where(free, ious, 0)
-    return int(ious.argmax()) if ious.max(initial=0) >= 0.1 else -1
+    return int(np.flatnonzero(ious == ious.max())[-1]) if ious.max(initial=0) >= 0.1 else -1
 
 def _mistakes(
     ious:Float[np.ndarray, "detections objects"], # of one image, the best detection first
