@@ -1,6 +1,7 @@
 """What the parts of the recipe for photos are worth, and torchvision's Mask R-CNN with the same recipe: one run a call, one result file a run.
 
-All runs train on the same photos for the same epochs, by default with every augmentation but copy-paste, and begin with the weights that
+All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head half of them), by default with every
+augmentation but copy-paste, and begin with the weights that
 `maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and has the same optimiser and schedule.
 Ours computes in bfloat16 where the processor has it, as it does by default; torchvision's in float32, as it comes.
 

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import InterpolationMode, resize, to_pil_image
@@ -62,7 +63,7 @@ def found(kind, model, classes, dataset):
 def badness(kind, row, annotation):
     "The surer a detection and the farther from its object, the worse; of the objects missed, the largest."
     if kind == "missed": return annotation["area"]
-    if kind == "localization": return row["score"] * (1 - paired_iou(*(torch.tensor([a["bbox"]]).numpy() for a in (row, annotation)), torch.zeros(1, dtype=bool).numpy())[0])
+    if kind == "localization": return row["score"] * (1 - paired_iou(np.array([row["bbox"]]), np.array([annotation["bbox"]]), np.array([False]))[0])
     return row["score"] * (kind != "background" or annotation is None)  # a crowd is no background
 
 
@@ -99,9 +100,10 @@ def main():
     if args.kind != "mistakes": return found(args.kind, model, classes, dataset)
     _, results = evaluate_model(model, dataset)
     gt = dataset.coco()
-    show_mistakes(classify_mistakes(gt, results), classes, dataset)
+    mistakes = classify_mistakes(gt, results)
+    show_mistakes(mistakes, classes, dataset)
     ladders = {kind: oracle_ladder(gt, results, kind) for kind in ("bbox", "segm")}
-    counts = {step: sum(m[0] == step for m in classify_mistakes(gt, results)) for step in MISTAKES}
+    counts = {step: sum(m[0] == step for m in mistakes) for step in MISTAKES}
     report = dict(command=f"python benchmarks/pictures.py mistakes {args.run} {args.data}", **about(None), images=len(dataset), counts=counts, **ladders)
     (ROOT / "benchmarks/results/photos_ladder.json").write_text(json.dumps(report, indent=1))
 

@@ -4,8 +4,9 @@
 __all__ = ['THRESHOLDS', 'RECALLS', 'MAX_DETECTIONS', 'AREAS', 'MISTAKES', 'rpn_accuracy', 'proposal_recall', 'average_precision',
            'match', 'paired_iou', 'evaluate', 'results_from_predictions', 'classify_mistakes', 'oracle_ladder']
 
-# %% ../nbs/09_evaluation.ipynb #14452191
+# %% ../nbs/09_evaluation.ipynb #97cdd642
 import json, math, os
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 import numpy as np, torch
@@ -295,7 +296,7 @@ def results_from_predictions(
         results += rows
     return results
 
-# %% ../nbs/09_evaluation.ipynb #1c5a94f1
+# %% ../nbs/09_evaluation.ipynb #824b1fc7
 MISTAKES = ("localization", "classification", "duplicate", "background", "missed")
 
 def _take(ious:Float[np.ndarray, "objects"], free:Bool[np.ndarray, "objects"]) -> int:
@@ -311,8 +312,8 @@ def _mistakes(
     "What is wrong with each detection, then the objects missed."
     free, found, sorted_out = ~crowd, [], []
     for i in range(len(ious)):
-        found.append(_take(ious[i], free & same[i]))
-        free[found[-1:] if found[-1] >= 0 else []] = False
+        found.append(j := _take(ious[i], free & same[i]))
+        if j >= 0: free[j] = False
     for i, j in enumerate(found):
         on_crowd = crowd & same[i] & (ious[i] >= 0.5)
         if j >= 0: sorted_out.append(("localization", i, j, True))
@@ -324,7 +325,7 @@ def _mistakes(
             free[j] = False
     return sorted_out + [("missed", -1, int(j), True) for j in free.nonzero()[0]]
 
-# %% ../nbs/09_evaluation.ipynb #f412ddec
+# %% ../nbs/09_evaluation.ipynb #45e0b3cf
 def classify_mistakes(
     gt:dict | str | os.PathLike,      # as for `evaluate`
     results:list | str | os.PathLike, # as for `evaluate`
@@ -335,9 +336,12 @@ def classify_mistakes(
     evaluate(gt, results, iou_type)                               # refuses what cannot be right
     shape, sizes = ("bbox", None) if iou_type == "bbox" else ("segmentation", {image["id"]: image for image in gt["images"]})
     lowest, sorted_out = min((r["score"] for r in results), default=1) - 1, []
+    by_image = defaultdict(list), defaultdict(list)
+    for rows, of in zip((sorted(results, key=lambda row: -row["score"]), gt["annotations"]), by_image):
+        for row in rows: of[row["image_id"]].append(row)
     for image in gt["images"]:
-        rows, objects = ([row for row in rows if row["image_id"] == image["id"]] for rows in (results, gt["annotations"]))
-        rows, crowd = sorted(rows, key=lambda row: -row["score"]), np.array([bool(a.get("iscrowd", 0)) for a in objects], bool)
+        rows, objects = (of[image["id"]] for of in by_image)
+        crowd = np.array([bool(a.get("iscrowd", 0)) for a in objects], bool)
         found, there = _shapes(rows, "result", sizes)[0], _shapes(objects, "annotation", sizes)[0]
         same = np.array([[r["category_id"] == a["category_id"] for a in objects] for r in rows], bool).reshape(len(rows), len(objects))
         ious = coco_mask.iou(found, there, crowd.tolist()) if same.size else np.zeros(same.shape)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from .boxes import box_area
 
-# %% ../nbs/06_roi_align.ipynb #679e1413
+# %% ../nbs/06_roi_align.ipynb #e3d223c2
 def roi_align(
     features:Float[Tensor, "batch c h w"], # one feature map per image
     boxes:Tensor|list,                     # [K, 5] with the image's index first, or one [n, 4] per image; pixels
@@ -22,7 +22,9 @@ def roi_align(
     aligned:bool=False,                    # true: cells' centres at half coordinates; false: as first published
 ) -> Float[Tensor, "k c rows columns"]:
     "Every box's part of the map in a fixed number of bins, each the mean of bilinear samples (Mask R-CNN, section 3)."
-    return torchvision.ops.roi_align(features, boxes, output_size, spatial_scale, sampling_ratio, aligned)
+    wide = torch.promote_types(features.dtype, torch.float32)  # a place in half precision would be a hundredth of a cell off
+    boxes = [b.to(wide) for b in boxes] if isinstance(boxes, list) else boxes.to(wide)
+    return torchvision.ops.roi_align(features.to(wide), boxes, output_size, spatial_scale, sampling_ratio, aligned).to(features.dtype)
 
 # %% ../nbs/06_roi_align.ipynb #2845ebee
 def roi_levels(

@@ -70,10 +70,11 @@ def test_roi_align_is_its_definition(boxes, ratio, aligned, bins):
 
 
 @settings(deadline=None, max_examples=30)
-@given(rois(step=0.5, most=5), st.sampled_from([1, 2, -1]), st.booleans(), st.sampled_from([(torch.float16, 5e-2), (torch.float32, 1e-4), (torch.float64, 1e-12)]))
+@example(rois_of((19.5, .5, 41.5, .5)), 1, False, (torch.float16, 1e-2))      # places in half precision would be too coarse here
+@given(rois(step=0.5, most=5), st.sampled_from([1, 2, -1]), st.booleans(), st.sampled_from([(torch.float16, 1e-2), (torch.float32, 1e-4), (torch.float64, 1e-12)]))
 def test_every_precision_and_any_memory_layout(boxes, ratio, aligned, precision):
     "Maps that lie in memory channel by channel, channels last, or as a cut-out of something larger."
-    dtype, atol = precision  # a coordinate near 10 in float16 is off by up to 0.004 of a cell, and neighbours differ by several units
+    dtype, atol = precision
     whole = maps((64, 96), strides=(4,))[0].detach()
     expected = [by_definition(whole[int(b[0])], b[1:], 3, 0.25, ratio, aligned) for b in boxes]
     larger = torch.zeros(2, 6, 20, 30, dtype=dtype)
