@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
@@ -242,12 +243,19 @@ class InstanceDataset(torch.utils.data.Dataset):
         return dict(images=images, annotations=annotations, categories=[dict(id=i, name=c) for i, c in enumerate(self.classes, 1)])
 
 # %% ../nbs/00_data.ipynb #1605c67b
+def _measured_at_border(boxes, masks):
+    "The boxes; those that reach the border of the picture as small as their masks."
+    height, width = masks.shape[-2:]
+    cut = ((boxes[:, :2] <= 0) | (boxes[:, 2:] >= boxes.new_tensor([width, height]))).any(1) & masks.flatten(1).any(1)
+    return boxes.index_put((cut,), masks_to_boxes(masks[cut]) + boxes.new_tensor([0, 0, 1, 1]))  # the last pixel has a width, too
+
 def _transform(transforms, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
-    "Apply `transforms`, measure the areas again, and drop the objects that are left without a box or a pixel."
+    "Apply `transforms`, measure areas and boxes at the border again, and drop the objects that are left without a box or a pixel."
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
     shapes = {"boxes": boxes} | ({"masks": tv_tensors.Mask(target["masks"])} if "masks" in target else {})
     image, target = transforms(tv_tensors.Image(image), target | shapes)
     target |= {k: target[k].as_subclass(Tensor) for k in shapes}
+    if "masks" in target: target["boxes"] = _measured_at_border(target["boxes"], target["masks"].bool())
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
     target["area"] = target["masks"].flatten(1).sum(1).float() if "masks" in target else sides.prod(1)
     keep = (sides > 0).all(1) & (target["area"] > 0)

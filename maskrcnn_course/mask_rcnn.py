@@ -297,12 +297,17 @@ class MaskRCNN(nn.Module):
                     mask_logits=mask_logits, predictions=self.postprocess(detections, mask_logits, batch))
 
 # %% ../nbs/10_mask_rcnn.ipynb #bc6323ee
+_LAPTOP = dict(
+    min_size=288, max_size=384, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
+    anchor_sizes=((24,), (48,), (96,), (192,), (288,)), canonical_scale=144., rpn_fg_iou_thresh=0.5, rpn_post_nms_top_n_train=200,
+    rpn_post_nms_top_n_test=100, rpn_pre_nms_top_n_train=400, rpn_pre_nms_top_n_test=200, rpn_batch_size_per_image=128,
+    box_batch_size_per_image=64, box_layers=(128, 128), box_hidden=(512, 512), mask_layers=(128, 128, 128, 128))
+
 PRESETS = {
-    "laptop": (lite0_backbone, dict(
-        min_size=288, max_size=384, image_mean=(0.5,) * 3, image_std=(0.5,) * 3,
-        anchor_sizes=((24,), (48,), (96,), (192,), (288,)), canonical_scale=144., rpn_fg_iou_thresh=0.5, rpn_post_nms_top_n_train=200,
-        rpn_post_nms_top_n_test=100, rpn_pre_nms_top_n_train=400, rpn_pre_nms_top_n_test=200, rpn_batch_size_per_image=128,
-        box_batch_size_per_image=64, box_layers=(128, 128), box_hidden=(512, 512), mask_layers=(128, 128, 128, 128))),
+    "laptop": (lite0_backbone, _LAPTOP),
+    "photos": (lite0_backbone, _LAPTOP | dict(
+        min_size=480, max_size=640, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
+        rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000, box_batch_size_per_image=128)),
     "standard": (resnet50_backbone, {}),
     "standard_v2": (resnet50_v2_backbone, dict(rpn_conv_depth=2, box_layers=(256, 256, 256, 256), box_hidden=(1024,), head_norm=True)),
     "tiny": (tiny_backbone, dict(
@@ -313,12 +318,12 @@ PRESETS = {
 
 # %% ../nbs/10_mask_rcnn.ipynb #2258750a
 def mask_rcnn(
-    preset:str="laptop",   # "laptop", "standard", "standard_v2" or "tiny"
+    preset:str="laptop",   # "laptop", "photos", "standard", "standard_v2" or "tiny"
     num_classes:int=4,     # classes with background
     pretrained:bool=True,  # start the body from ImageNet weights
     **settings,            # fields of `Settings` that differ from the preset's
 ) -> MaskRCNN:
-    "A new model for one of the three places it is used in: two CPU cores, a GPU, a test."
+    "A new model for one of the places it is used in: two CPU cores, a GPU, a test."
     if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; there are {sorted(PRESETS)}")
     backbone, defaults = PRESETS[preset]
     model = MaskRCNN(backbone(pretrained=pretrained), num_classes, **{**defaults, **settings})

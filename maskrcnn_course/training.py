@@ -42,7 +42,7 @@ RECIPES = {  # of each stage its epochs and the learning rate of new layers; ima
     "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4), batch_size=16, body_lr=dict(rpn=0.2, joint=0.2)),
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=dict(rpn=1.0, joint=1.0)),
 }
-RECIPES["standard_v2"] = RECIPES["standard"]
+RECIPES["photos"], RECIPES["standard_v2"] = RECIPES["laptop"], RECIPES["standard"]  # the same networks
 
 # %% ../nbs/11_training.ipynb #f564b4b9
 def class_maps(
@@ -365,10 +365,11 @@ def _start(name, out, preset, dataset, pretrained, seed, start=None):
     before = out / f"{NEEDS[name]}.safetensors" if NEEDS[name] else Path(start) / "model.safetensors" if start else None
     if not before: return mask_rcnn(preset, dataset.num_classes, pretrained)
     old, classes, _ = load_model(before)
-    if old.preset != preset or old.num_classes != dataset.num_classes:
-        raise ValueError(f"{before} holds a {old.preset!r} model of {len(classes)} classes, but {preset!r} with {len(dataset.classes)} is asked for; choose another folder")
-    if NEEDS[name]: return old
+    if NEEDS[name] and (old.preset, old.num_classes) == (preset, dataset.num_classes): return old
     model = mask_rcnn(preset, dataset.num_classes, pretrained)  # for what is to stay frozen in a pretrained body
+    was, wanted = ([(k, v.shape) for k, v in m.state_dict().items()] for m in (old, model))
+    if NEEDS[name] or was != wanted:
+        raise ValueError(f"{before} holds a {old.preset!r} model of {len(classes)} classes, but {preset!r} with {len(dataset.classes)} is asked for; choose another folder")
     model.load_state_dict(old.state_dict())
     return model
 
@@ -384,7 +385,7 @@ def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
     stages:tuple=("rpn", "box", "mask"), # or ("joint",); stages that these need and that are missing come first
-    preset:str="laptop",                 # "laptop", "standard", "standard_v2" or "tiny"
+    preset:str="laptop",                 # "laptop", "photos", "standard", "standard_v2" or "tiny"
     epochs:dict|None=None,               # of each stage, where not the preset's
     batch_size:int|None=None,            # images per step; the preset's
     lr:float|None=None,                  # of new layers, in all stages; the preset's
