@@ -7,12 +7,16 @@ __all__ = ['Body', 'FeaturePyramid', 'fold_norms', 'unfold_norms', 'Backbone', '
 # %% ../nbs/05_fpn.ipynb #ccde0b48
 import copy
 from collections import Counter
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
+from torch.overrides import TorchFunctionMode
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 # %% ../nbs/05_fpn.ipynb #89257456
@@ -142,6 +146,49 @@ def unfold_norms(
         vars(layer).pop("folded_norm", None)
     return body
 
+# %% ../nbs/05_fpn.ipynb #60a7b6af
+def _weight_gradient(x, weight, grad, stride, padding):
+    "Of a depthwise convolution, at most three columns of the kernel at a time."
+    if weight.shape[3] <= 3: return conv2d_weight(x, weight.shape, grad, stride, padding, groups=len(weight))
+    x, last = F.pad(x, (padding[1],) * 2), (grad.shape[3] - 1) * stride[1]
+    def piece(i, w):
+        seen = x[..., 3 * i:3 * i + last + w.shape[3]].contiguous(memory_format=torch.channels_last)
+        return conv2d_weight(seen, w.shape, grad, stride, (padding[0], 0), groups=len(w))
+    return torch.cat([piece(i, w) for i, w in enumerate(weight.split(3, 3))], 3)
+
+def _image_gradient(x, weight, grad, stride, padding):
+    "Of a depthwise convolution, with a stride in 32 bits."
+    if max(stride) > 1: weight, grad = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (weight, grad))
+    like = torch.empty_like(x, dtype=grad.dtype)  # only its shape and order in memory matter
+    return torch.ops.aten.convolution_backward(grad, like, weight, None, stride, padding, (1, 1), False, (0, 0), len(weight), (True, False, False))[0]
+
+# %% ../nbs/05_fpn.ipynb #4d059f8b
+class _DepthwiseConv(torch.autograd.Function):
+    "A convolution with a kernel for each channel. Its backward pass asks oneDNN only for what that is fast at: three columns at most and, with a stride, 32 bits."
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        if torch.is_autocast_enabled("cpu"): x, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype("cpu")) for t in (x, weight, bias))
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        with torch.autocast("cpu", enabled=False): return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        gradients = (_image_gradient, _weight_gradient, lambda x, weight, grad, *_: grad.sum((0, 2, 3)))
+        found = [f(*ctx.saved_tensors, grad, ctx.stride, ctx.padding) if wanted else None for f, wanted in zip(gradients, ctx.needs_input_grad)]
+        return *found, None, None
+
+# %% ../nbs/05_fpn.ipynb #036a8e2e
+class _FastDepthwise(TorchFunctionMode):
+    "Every depthwise convolution that runs meanwhile is a `_DepthwiseConv`."
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.conv2d and len(args) == 7:
+            x, weight, bias, stride, padding, dilation, groups = args
+            depthwise = groups == len(weight) == x.shape[-3] > 1
+            if depthwise and tuple(dilation) == (1, 1) and not isinstance(padding, str): return _DepthwiseConv.apply(x, weight, bias, stride, padding)
+        return function(*args, **(kwargs or {}))
+
 # %% ../nbs/05_fpn.ipynb #d78790e9
 class Backbone(nn.Module):
     "A body and the pyramid on it. The body's batch norm stays as it was pretrained: batches of a few images say too little."
@@ -170,8 +217,9 @@ class Backbone(nn.Module):
     def forward(self,
         x:Tensor, # images [batch, 3, height, width]
     ) -> list:    # maps, finest first; strides 4, 8, 16, 32, 64
-        "The pyramid of a batch of images. On a CPU, depthwise convolutions stay in full precision: their backward pass in 16 bits is slow there."
-        with torch.autocast("cpu", enabled=torch.is_autocast_enabled("cpu") and not self.depthwise): maps = self.body(x)
+        "The pyramid of a batch of images."
+        learns_on_cpu = self.depthwise and x.device.type == "cpu" and torch.is_grad_enabled()
+        with _FastDepthwise() if learns_on_cpu else nullcontext(): maps = self.body(x)
         return self.fpn(maps)
 
 # %% ../nbs/05_fpn.ipynb #ffb0ab02
