@@ -14,7 +14,8 @@ def row(name, metrics):
     classes = " / ".join(f"{c['AP50']:.2f}" for c in metrics["bbox"]["per_class"].values())
     rpn = f"{metrics['rpn']['accuracy']:.3f}" if "rpn" in metrics else ""
     minutes = metrics["minutes"] * metrics["threads"] if "minutes" in metrics else metrics["seconds"] / 60 * metrics["machine"]["cores"]
-    return (f"| {name} | {minutes:.0f} | {rpn} | {metrics['bbox']['AP']:.3f} | {metrics['bbox']['AP50']:.3f} | {classes} | "
+    machine = metrics.get("machine", {}).get("cpu", "not noted")
+    return (f"| {name} | {minutes:.0f} | {machine} | {rpn} | {metrics['bbox']['AP']:.3f} | {metrics['bbox']['AP50']:.3f} | {classes} | "
             f"{metrics['segm']['AP']:.3f} | {metrics['segm']['AP50']:.3f} |")
 
 
@@ -24,13 +25,14 @@ def section():
              "scenes_joint_torchvision_30": "scenes, torchvision's Mask R-CNN, jointly: `python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15`",
              "scenes_joint_ours_54": "scenes, ours, jointly: `python benchmarks/scenes_vs_torchvision.py --minutes 54`",
              "scenes_joint_torchvision_54": "scenes, torchvision's, jointly, beside it",
-             "laptop_coco3": "232 photos of COCO, begun from scenes, jointly (see [data/README.md](data/README.md))"}
+             "laptop_coco3": "232 photos of COCO, begun from scenes, jointly, 30 epochs with 288 × 384 pixels (`--preset laptop`)",
+             "photos_coco3": "the same, 45 epochs with 480 × 640 pixels: `--preset photos` (see [data/README.md](data/README.md))"}
     rows = [row(name, json.loads(path.read_text())) for stem, name in known.items()
             if (path := ROOT / f"benchmarks/results/{stem}.json").is_file()]
     return "\n".join([START, "## What it reaches", "", "On two CPU cores, on images never trained on; of the scenes, also on kinds of vehicles, persons and animals never trained on. The table is",
                       "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
-                      "| what | core-minutes | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
-                      "|---|---|---|---|---|---|---|---|", *rows, photos(), END])
+                      "| what | core-minutes | processor | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
+                      "|---|---|---|---|---|---|---|---|---|", *rows, photos(), END])
 
 
 def photos():
@@ -46,19 +48,22 @@ def photos():
 
 
 def speed():
-    "The table of every comparison, and the machine."
+    "The tables of every comparison, one for each machine."
     cases = json.loads((ROOT / "benchmarks/results/vs_torchvision.json").read_text())
-    machine = next(iter(cases.values()))["machine"]
-    rows = []
-    for name, r in cases.items():
-        ours, theirs = r["compared"]
-        memory = [r["peak_mb"][ours], r["peak_mb"][theirs]]
-        rows.append(f"| {name} | **{r['ratio']:.2f}** ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}) | {r['ms'][ours]:,.0f} ms{' compiled' * ('compiled' in ours)} | "
-                    f"{r['ms'][theirs]:,.0f} ms{' compiled' * ('compiled' in theirs)} | {f'{memory[0]:,.0f} / {memory[1]:,.0f} MB' if min(memory) > 1 else ''} |")
-    return "\n".join([f"Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured on {machine['threads']} threads of an",
-                      f"{machine['cpu']} (torch {machine['torch'].split('+')[0]}, torchvision {machine['torchvision'].split('+')[0]}). Equal weights and inputs, equal answers, taking turns; "
-                      "the other side's time over ours, median and quartiles.", "Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen.", "",
-                      "| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|", *rows, ""])
+    machines = {}
+    for name, r in cases.items(): machines.setdefault(json.dumps(r["machine"]), {})[name] = r
+    lines = ["Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, equal answers, taking turns;",
+             "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
+    for machine, measured in machines.items():
+        m = json.loads(machine)
+        lines += ["", f"On {m.get('gpu') or str(m['threads']) + ' threads of an ' + m['cpu']} (torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}):", "",
+                  "| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|"]
+        for name, r in measured.items():
+            ours, theirs = r["compared"]
+            memory = [r["peak_mb"][ours], r["peak_mb"][theirs]]
+            lines.append(f"| {name} | **{r['ratio']:.2f}** ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}) | {r['ms'][ours]:,.0f} ms{' compiled' * ('compiled' in ours)} | "
+                         f"{r['ms'][theirs]:,.0f} ms{' compiled' * ('compiled' in theirs)} | {f'{memory[0]:,.0f} / {memory[1]:,.0f} MB' if min(memory) > 1 else ''} |")
+    return "\n".join([*lines, ""])
 
 
 readme = (ROOT / "README.md").read_text()

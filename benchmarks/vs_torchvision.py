@@ -47,9 +47,10 @@ from maskrcnn_course.data import InstanceDataset, decode_mask
 from maskrcnn_course.evaluation import evaluate
 from maskrcnn_course.mask_head import paste_masks
 from maskrcnn_course.mask_rcnn import MaskRCNN, torchvision_name
+from maskrcnn_course.training import has_fast_bfloat16
 
 SIZES = {"300x400": (300, 400), "800x1333": (800, 1333)}
-PRECISIONS = {"cpu": ("float32",), "cuda": ("float32", "tf32", "bf16")}
+PRECISIONS = {"cpu": ("float32", "bf16")[:1 + has_fast_bfloat16(torch.device("cpu"))], "cuda": ("float32", "tf32", "bf16")}
 
 
 # ---- measuring

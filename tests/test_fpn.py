@@ -245,6 +245,62 @@ def test_folded_bodies_answer_and_learn_as_before(make):
     assert {type(m) for m in unfold_norms(folded).modules()} == {type(m) for m in plain.modules()}
 
 
+def learnt(backbone, x):
+    backbone.zero_grad()
+    maps = backbone(x)
+    sum(m.double().square().mean() for m in maps).backward()
+    return [*maps, *(p.grad for p in backbone.parameters() if p.grad is not None)]
+
+
+def relative(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+def ours_and_torchs():
+    torch.manual_seed(0)
+    ours = lite0_backbone(16).train()
+    torchs = copy.deepcopy(ours)
+    torchs.depthwise = False
+    return ours, torchs
+
+
+def test_depthwise_layers_learn_as_torchs_do():
+    ours, torchs = (b.double() for b in ours_and_torchs())
+    x = torch.rand(2, 3, 75, 101, dtype=torch.float64)
+    found, expected = learnt(ours, x), learnt(torchs, x)
+    assert len(found) == len(expected) > 100 and max(map(relative, found, expected)) < 1e-9
+
+
+def test_depthwise_layers_learn_in_bfloat16():
+    ours, torchs = ours_and_torchs()
+    x = torch.rand(2, 3, 96, 128)
+    with torch.autocast("cpu", torch.bfloat16): found, half = learnt(ours, x), learnt(torchs, x)
+    full = learnt(torchs, x)
+    assert all(g.dtype == torch.float32 for g in found[5:])
+    far, as_far = ([relative(a, b) for a, b in zip(some, full)] for some in (found, half))
+    assert sum(far) < 1.1 * sum(as_far) and max(far) < 1.5 * max(as_far)  # as near to full precision as torch's own
+
+
+class Layers(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x): return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 6, 5, 2, 2, groups=6), nn.Conv2d(6, 6, (3, 7), padding=(1, 3), groups=6, bias=False), nn.Conv2d(6, 12, 3, 1, 1, groups=6),
+                                   nn.Conv2d(6, 6, 5, padding="same", groups=6), nn.Conv2d(6, 6, 5, padding=4, dilation=2, groups=6), nn.Conv2d(6, 6, 3, groups=3),
+                                   nn.Conv2d(6, 6, 5, padding=2, padding_mode="reflect", groups=6)])
+def test_any_layer_with_groups(layer):
+    ours = Backbone(Layers(layer), [layer.out_channels], 4).double()
+    torchs = copy.deepcopy(ours)
+    torchs.depthwise = False
+    assert ours.depthwise
+    x = torch.rand(2, 6, 17, 23, dtype=torch.float64, requires_grad=True)
+    (found, of_x), (expected, of_its_x) = ((learnt(b, x), x.grad) for b in (ours, torchs))
+    assert max(map(relative, found, expected)) < 1e-12 and torch.allclose(of_x, of_its_x)
+
+
 @pytest.mark.parametrize("problem", [URLError("no route to host"), ConnectionResetError("reset by peer"), TimeoutError("timed out")])
 def test_resnet50_without_a_network_says_what_to_do(monkeypatch, tmp_path, problem):
     def unreachable(*_, **__): raise problem
