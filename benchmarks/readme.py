@@ -52,7 +52,8 @@ def speed():
     cases = json.loads((ROOT / "benchmarks/results/vs_torchvision.json").read_text())
     machines = {}
     for name, r in cases.items(): machines.setdefault(json.dumps(r["machine"]), {})[name] = r
-    lines = ["Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, equal answers, taking turns;",
+    lines = ["Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, taking turns, and equal answers",
+             "(in bf16 nearly: torchvision's rounds boxes to 16 bits as well, ours does not);",
              "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
     for machine, measured in machines.items():
         m = json.loads(machine)

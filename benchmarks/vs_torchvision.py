@@ -379,7 +379,8 @@ def cases():
                     if device == "cpu" and n * size_of(size) > 2_200_000: continue  # more than a laptop's memory and patience
                     known |= {f"{device} {name} {size} batch {n} {number}": partial(function, device, size, n, number)
                               for name, function in (("train", train_step), ("inference", inference))}
-                if size == "800x1333": known[f"{device} train {size} batch 1 {number}, 500 objects"] = partial(train_step, device, size, 1, number, 500)
+                if size == "800x1333" and number != "bf16":  # torchvision's numbers its objects in 16 bits there: the 300th takes another's mask, or there is none
+                    known[f"{device} train {size} batch 1 {number}, 500 objects"] = partial(train_step, device, size, 1, number, 500)
             known |= {f"{device} {name} {size}": partial(function, device, size) for name, function in
                       (("RoIAlign, forward and backward", roi_align), ("NMS", nms), ("matching", matching), ("sampling", sampling), ("paste 100 masks", pasting))}
         known[f"{device} first prediction"] = partial(first_prediction, device)
