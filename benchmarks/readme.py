@@ -53,11 +53,11 @@ def speed():
     machines = {}
     for name, r in cases.items(): machines.setdefault(json.dumps(r["machine"]), {})[name] = r
     lines = ["Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, taking turns, and equal answers",
-             "(in bf16 nearly: torchvision's rounds boxes to 16 bits as well, ours does not);",
+             "(in bf16 equal within rounding, for torchvision's rounds boxes to 16 bits as well, and ours does not);",
              "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
     for machine, measured in machines.items():
         m = json.loads(machine)
-        lines += ["", f"On {m.get('gpu') or str(m['threads']) + ' threads of an ' + m['cpu']} (torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}):", "",
+        lines += ["", f"On {m.get('gpu') or str(m['threads']) + ' threads of ' + m['cpu']} (torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}):", "",
                   "| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|"]
         for name, r in measured.items():
             ours, theirs = r["compared"]

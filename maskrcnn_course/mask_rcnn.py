@@ -323,7 +323,7 @@ def mask_rcnn(
     pretrained:bool=True,  # start the body from ImageNet weights
     **settings,            # fields of `Settings` that differ from the preset's
 ) -> MaskRCNN:
-    "A new model for one of the places it is used in: two CPU cores, a GPU, a test."
+    "A new model with the settings of a preset: for two CPU cores, for photos on them, for a GPU, or for tests."
     if preset not in PRESETS: raise ValueError(f"unknown preset {preset!r}; there are {sorted(PRESETS)}")
     backbone, defaults = PRESETS[preset]
     model = MaskRCNN(backbone(pretrained=pretrained), num_classes, **{**defaults, **settings})
