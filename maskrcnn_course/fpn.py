@@ -173,7 +173,7 @@ class _DepthwiseConv(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False): return F.conv2d(x, weight, bias, stride, padding, groups=len(weight))
 
     @staticmethod
-    @once_differentiable  # without it second derivatives would be wrong, since `backward` computes on data alone; with it they raise an error
+    @once_differentiable  # second derivatives raise an error: in 16 bits, of copies that autograd does not know, they would be wrong
     def backward(ctx, grad):
         gradients = (_image_gradient, _weight_gradient, lambda x, weight, grad, *_: grad.sum((0, 2, 3)))
         found = [f(*ctx.saved_tensors, grad, ctx.stride, ctx.padding) if wanted else None for f, wanted in zip(gradients, ctx.needs_input_grad)]
