@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +14,6 @@ from PIL import Image
 from maskrcnn_course.cli import _keeping_memory, main
 from maskrcnn_course.mask_rcnn import load_model
 from maskrcnn_course.scenes import make_scene, write_scenes
-
-try: import resource
-except ImportError: resource = None  # not on Windows
 
 
 @pytest.fixture(scope="module")
@@ -222,22 +218,19 @@ def test_lab_opens_the_front_page(monkeypatch, tmp_path, capsys):
 
 
 def page_faults():
-    "Pages that four times 256 MB ask the system for."
+    "Pages that ten times 64 MB ask the system for."
+    resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4): torch.ones(64_000_000)
+    for _ in range(10): torch.ones(16_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def resident_mb(): return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_training_keeps_its_memory_and_gives_it_back():
-    usual, before = page_faults(), resident_mb()
+    usual = page_faults()
     with pytest.raises(KeyboardInterrupt), _keeping_memory():
         page_faults()
-        kept, meanwhile = page_faults(), resident_mb()
+        kept = page_faults()
         raise KeyboardInterrupt
     assert kept < usual / 10
-    assert meanwhile > before + 200
-    assert resident_mb() < before + 50
+    assert page_faults() > usual / 2
