@@ -6,7 +6,6 @@ __all__ = ['SCENES', 'scenes', 'import_coco_', 'import_masks_', 'import_cis680_'
 
 # %% ../nbs/14_cli.ipynb #42b44fca
 import argparse, sys
-from contextlib import contextmanager
 from pathlib import Path
 
 # %% ../nbs/14_cli.ipynb #36e19a81
@@ -162,22 +161,6 @@ def _data_of(run:str | Path) -> str:
     path = Path(run) / "settings.json"
     return json.loads(path.read_text())["data"] if path.is_file() else SCENES
 
-# %% ../nbs/14_cli.ipynb #a17c0e52
-@contextmanager
-def _keeping_memory():
-    "What is freed meanwhile stays with the process, to be used again; then it is given back. Elsewhere than with glibc, nothing happens."
-    import ctypes
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"): yield; return
-    mmap_max, trim_threshold = -4, -1  # as malloc.h numbers them
-    libc.mallopt(mmap_max, 0)          # no large block by itself ...
-    libc.mallopt(trim_threshold, -1)   # ... and the end of the heap stays
-    try: yield
-    finally:
-        libc.mallopt(mmap_max, 65536)
-        libc.mallopt(trim_threshold, 128 * 1024)
-        libc.malloc_trim(0)
-
 # %% ../nbs/14_cli.ipynb #dd98fba9
 def train_(args:argparse.Namespace) -> None:
     "Train the stages one after the other, evaluate, and write a report."
@@ -188,9 +171,8 @@ def train_(args:argparse.Namespace) -> None:
     data, start = Path(args.data), time.time()
     if args.data == SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
     out = Path(args.out or f"runs/{data.stem}")
-    with _keeping_memory():
-        history = train(data, out, tuple(args.stages), args.preset, _epochs(args.epochs), args.batch_size, args.lr, args.seed,
-                        not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say, tuple(args.augment), args.looks, args.start)
+    history = train(data, out, tuple(args.stages), args.preset, _epochs(args.epochs), args.batch_size, args.lr, args.seed,
+                    not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say, tuple(args.augment), args.looks, args.start)
     seconds, (model, classes, _) = time.time() - start, _model(out)
     metrics, _ = evaluate_model(model, dataset := InstanceDataset(data, "val"), workers=args.workers)
     metrics |= dict(seconds=seconds, machine=_machine())

@@ -1,6 +1,5 @@
 "The command, as a person types it: help, a whole tiny run, mistakes, Ctrl-C."
 import json
-import platform
 import signal
 import subprocess
 import sys
@@ -8,10 +7,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from maskrcnn_course.cli import _keeping_memory, main
+from maskrcnn_course.cli import main
 from maskrcnn_course.mask_rcnn import load_model
 from maskrcnn_course.scenes import make_scene, write_scenes
 
@@ -215,22 +213,3 @@ def test_lab_opens_the_front_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("maskrcnn_course.cli.__file__", str(tmp_path / "lib" / "package" / "cli.py"))
     monkeypatch.chdir(tmp_path / "nbs")
     assert "clone it" in fails(capsys, "lab")
-
-
-def page_faults():
-    "Pages that ten times 64 MB ask the system for."
-    resource = pytest.importorskip("resource")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10): torch.ones(16_000_000)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-def test_training_keeps_its_memory_and_gives_it_back():
-    usual = page_faults()
-    with pytest.raises(KeyboardInterrupt), _keeping_memory():
-        page_faults()
-        kept = page_faults()
-        raise KeyboardInterrupt
-    assert kept < usual / 10
-    assert page_faults() > usual / 2
