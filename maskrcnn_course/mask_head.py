@@ -56,7 +56,7 @@ class MaskHead(nn.Module):
         double, predict = self.conv5_mask, self.mask_fcn_logits
         x = self.convs(roi_features).permute(0, 2, 3, 1)                              # k rows columns c
         x = F.linear(x, double.weight.permute(2, 3, 1, 0).flatten(0, 2), double.bias.repeat(4))  # of every bin four cells ...
-        x, weight = F.relu(x).unflatten(-1, (2, 2, -1)), predict.weight.flatten(1)
+        x, weight = F.relu(x, inplace=True).unflatten(-1, (2, 2, -1)), predict.weight.flatten(1)
         if labels is None: x = F.linear(x, weight, predict.bias)                      # ... with their classes
         else: x = ((x.flatten(1, 4) @ weight[labels, :, None]).squeeze(-1) + predict.bias[labels, None]).view(*x.shape[:5], 1)  # ... with one
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                   # k classes (rows 2) (columns 2)

@@ -24,7 +24,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from .data import pad_images, pad_targets
 from .boxes import apply_to_valid, gather_boxes
 from .anchors import AnchorGenerator
-from .rpn import RPNHead, filter_proposals, rpn_loss
+from .rpn import RPNHead, answer_at, filter_proposals, rpn_loss, select_training_anchors
 from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, resnet50_v2_backbone, tiny_backbone, unfold_norms
 from .roi_align import multiscale_roi_align
 from .box_head import BoxHead, box_loss, filter_detections, select_training_samples
@@ -127,7 +127,7 @@ class MaskRCNN(nn.Module):
         rpn = self.run_rpn(features, batch)
         if targets is not None:
             samples = self.select_samples(self.propose(rpn, batch, train=True), batch, generator)
-            return (self.rpn_losses(rpn, batch, generator) | self.box_losses(features, samples, batch)
+            return (self.rpn_losses(features, rpn[2], batch, generator) | self.box_losses(features, samples, batch)
                     | self.mask_losses(features, samples, batch))
         detections = self.detect(features, self.propose(rpn, batch, train=False), batch)
         return self.postprocess(detections, self.mask_logits(features, detections, batch), batch)
@@ -187,12 +187,17 @@ class MaskRCNN(nn.Module):
             raise ValueError(f"target {i} has labels {sorted(set(labels.tolist()))}; this model knows 1 to {self.num_classes - 1}")
         return {"iscrowd": torch.zeros_like(labels)} | target
 
+    def anchors(self, features:list, batch:Batch) -> list:
+        "Anchors of every level."
+        return self.anchor_generator(tuple(batch.images.shape[-2:]), features)
+
+    @torch.no_grad()
     def run_rpn(self,
         features:list, # the pyramid
         batch:Batch,
     ) -> tuple:        # objectness, deltas, anchors, each a list with one tensor per level
-        "The RPN's answers, and the anchors they are about."
-        return *self.rpn_head(features), self.anchor_generator(tuple(batch.images.shape[-2:]), features)
+        "The RPN's answers, and the anchors they are about. What it learns from, `rpn_losses` asks by itself."
+        return *self.rpn_head(features), self.anchors(features, batch)
 
     @torch.no_grad()
     def propose(self,
@@ -205,11 +210,12 @@ class MaskRCNN(nn.Module):
         counts = (s.rpn_pre_nms_top_n_train, s.rpn_post_nms_top_n_train) if train else (s.rpn_pre_nms_top_n_test, s.rpn_post_nms_top_n_test)
         return filter_proposals(*rpn, batch.sizes, *counts, s.rpn_nms_thresh, s.rpn_score_thresh)
 
-    def rpn_losses(self, rpn:tuple, batch:Batch, generator:torch.Generator|None=None) -> dict:
-        "What the RPN got wrong."
-        (objectness, deltas, anchors), s, t = rpn, self.settings, batch.targets
-        losses = rpn_loss(torch.cat(objectness, 1), torch.cat(deltas, 1), torch.cat(anchors), t["boxes"], t["valid"], s.rpn_fg_iou_thresh,
-                          s.rpn_bg_iou_thresh, s.rpn_batch_size_per_image, s.rpn_positive_fraction, generator)
+    def rpn_losses(self, features:list, anchors:list, batch:Batch, generator:torch.Generator|None=None) -> dict:
+        "What the RPN got wrong about a sample of the anchors."
+        s, t = self.settings, batch.targets
+        chosen, *asked = select_training_anchors(torch.cat(anchors), t["boxes"], t["valid"], s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh,
+                                                 s.rpn_batch_size_per_image, s.rpn_positive_fraction, generator)
+        losses = rpn_loss(*answer_at(self.rpn_head, features, chosen), *asked)
         return dict(zip(("loss_objectness", "loss_rpn_box_reg"), losses))
 
     @torch.no_grad()

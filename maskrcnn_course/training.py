@@ -101,7 +101,7 @@ class Stage(nn.Module):
         if self.name == "rpn":
             batch = model.prepare(*inputs, generator)
             features = model.backbone(batch.images)
-            losses = model.rpn_losses(model.run_rpn(features, batch), batch, generator)
+            losses = model.rpn_losses(features, model.anchors(features, batch), batch, generator)
             return losses | ({"loss_semantic": semantic_loss(self.semantic_head, features, batch)} if self.semantic_head else {})
         features, proposals, batch = inputs
         features = [f.to(proposals[0].dtype) for f in features]

@@ -397,7 +397,7 @@ def test_the_model_says_what_it_needs_masks_for():
     features = model.backbone(batch.images)
     rpn = model.run_rpn(features, batch)
     samples = model.select_samples(model.propose(rpn, batch, train=True), batch)
-    losses = model.rpn_losses(rpn, batch) | model.box_losses(features, samples, batch)
+    losses = model.rpn_losses(features, rpn[2], batch) | model.box_losses(features, samples, batch)
     assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values()) and set(batch.targets) == {"boxes", "labels", "valid"}
     with pytest.raises(ValueError, match="boxes but no masks"): model([image], [target])
     drawn = {**target, "masks": torch.ones(1, 64, 64, dtype=torch.uint8)}

@@ -10,8 +10,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator as PeerAnc
 from torchvision.models.detection.rpn import RPNHead as PeerHead, RegionProposalNetwork
 
 from maskrcnn_course.anchors import AnchorGenerator
-from maskrcnn_course.boxes import batched_nms, decode_boxes
-from maskrcnn_course.rpn import RPNHead, filter_proposals, masked_mean, rpn_loss
+from maskrcnn_course.boxes import batched_nms, decode_boxes, gather_boxes
+from maskrcnn_course.rpn import RPNHead, answer_at, filter_proposals, masked_mean, rpn_loss, select_training_anchors
 
 SIZES, RATIOS = ((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3
 
@@ -50,6 +50,12 @@ def pad(boxes):
     return padded, torch.arange(n) < tensor([[len(b)] for b in boxes])
 
 
+def loss_of_sample(objectness, deltas, *about, **settings):
+    "The loss, given everyone's answers."
+    chosen, *asked = select_training_anchors(*about, **settings)
+    return rpn_loss(gather_boxes(objectness, chosen), gather_boxes(deltas, chosen), *asked)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_head_is_torchvisions(depth):
     ours, theirs = RPNHead(8, 3, depth).double(), PeerHead(8, 3, depth).double()
@@ -62,6 +68,33 @@ def test_head_is_torchvisions(depth):
         torch.testing.assert_close(d, peer_d.view(n, 3, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4), atol=1e-14, rtol=1e-12)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("shapes", [((12, 16), (6, 8), (3, 5)), ((1, 1),), ((1, 9), (7, 1)), ((2, 2), (1, 1))])
+def test_some_answers_are_those_of_the_whole_map_with_the_same_gradients(depth, shapes):
+    torch.manual_seed(depth)
+    head, maps = RPNHead(8, 3, depth).double(), [torch.randn(2, 8, *s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    for p in head.parameters(): nn.init.normal_(p)
+    index = torch.stack([torch.randperm(3 * sum(h * w for h, w in shapes)) for _ in range(2)])      # every anchor once, in another order in each image
+    some, everyone = answer_at(head, maps, index), [gather_boxes(torch.cat(a, 1), index) for a in head(maps)]
+    upstream = [torch.randn_like(a) for a in some]
+    for a, b in zip(some, everyone): assert_close(a, b, rtol=1e-10, atol=1e-10)
+    wanted = [*maps, *head.parameters()]
+    for a, b in zip(*(torch.autograd.grad(answers, wanted, upstream) for answers in (some, everyone))): assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_only_the_windows_of_the_anchors_asked_get_a_gradient():
+    head, maps = RPNHead(4, 3), [torch.randn(1, 4, h, w, requires_grad=True) for h, w in ((6, 8), (3, 4))]
+    sum(a.sum() for a in answer_at(head, maps, tensor([[3 * 48 + 3 * 5 + 1]]))).backward()      # second level, row 1, column 1
+    assert (maps[0].grad == 0).all() and (maps[1].grad[..., :3] != 0).all() and (maps[1].grad[..., 3] == 0).all()
+
+
+def test_half_precision_stays_half():
+    head, maps = RPNHead(8, 3).bfloat16(), [torch.randn(1, 8, 4, 6, dtype=torch.bfloat16)]
+    for a, b in zip(answer_at(head, maps, torch.arange(72)[None]), head(maps)):
+        assert a.dtype == torch.bfloat16
+        assert_close(a, b[0], rtol=2e-2, atol=1e-3)
+
+
 def test_head_starts_undecided():
     torch.manual_seed(0)
     head = RPNHead(64, 3)
@@ -70,7 +103,7 @@ def test_head_starts_undecided():
     o, d = head([torch.randn(2, 64, 12, 16)])
     anchors = torch.cat(levels(dtype=torch.float32))[: o[0].shape[1]]
     boxes, valid = pad([objects(0, 3).float(), objects(1, 1).float()])
-    assert abs(rpn_loss(o[0], d[0], anchors, boxes, valid)[0].item() - math.log(2)) < 0.02
+    assert abs(loss_of_sample(o[0], d[0], anchors, boxes, valid)[0].item() - math.log(2)) < 0.02
 
 
 def test_answers_stand_in_the_order_of_the_anchors():
@@ -94,7 +127,7 @@ def test_loss_is_torchvisions_when_everyone_takes_part(counts):
     p, repeated = peer(), [flat] * len(counts)
     labels, matched = p.assign_targets_to_anchors(repeated, [dict(boxes=b) for b in boxes])
     theirs = p.compute_loss(o.reshape(-1, 1), d.reshape(-1, 4), [l.double() for l in labels], p.box_coder.encode(matched, repeated))
-    ours = rpn_loss(o, d, flat, *pad(boxes), batch_size_per_image=2 * n)
+    ours = loss_of_sample(o, d, flat, *pad(boxes), batch_size_per_image=2 * n)
     for a, b in zip(ours, theirs): assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -107,7 +140,7 @@ def test_gradients_are_torchvisions():
     labels, matched = p.assign_targets_to_anchors([flat] * 2, [dict(boxes=b) for b in boxes])
     targets = p.box_coder.encode(matched, [flat] * 2)
     sum(p.compute_loss(inputs[0][0].reshape(-1, 1), inputs[0][1].reshape(-1, 4), [l.double() for l in labels], targets)).backward()
-    sum(rpn_loss(*inputs[1], flat, *pad(boxes), batch_size_per_image=10**5)).backward()
+    sum(loss_of_sample(*inputs[1], flat, *pad(boxes), batch_size_per_image=10**5)).backward()
     for a, b in zip(*inputs): assert_close(b.grad, a.grad, rtol=1e-10, atol=1e-14)
 
 
@@ -117,15 +150,15 @@ def test_padding_changes_nothing():
     boxes = objects(0, 3)
     more = torch.cat([boxes, torch.rand(6, 4, dtype=torch.float64)])[None]
     valid = (torch.arange(9) < 3)[None]
-    plain = rpn_loss(o, d, torch.cat(anchors), *pad([boxes]), batch_size_per_image=10**5)
-    for a, b in zip(plain, rpn_loss(o, d, torch.cat(anchors), more, valid, batch_size_per_image=10**5)): assert_close(a, b)
+    plain = loss_of_sample(o, d, torch.cat(anchors), *pad([boxes]), batch_size_per_image=10**5)
+    for a, b in zip(plain, loss_of_sample(o, d, torch.cat(anchors), more, valid, batch_size_per_image=10**5)): assert_close(a, b)
 
 
 def test_sample_is_balanced_and_repeatable():
     anchors = torch.cat(levels(dtype=torch.float32))
     boxes, valid = pad([objects(0, 3).float()])
     o, d = torch.full((1, len(anchors)), -5.0), torch.zeros(1, len(anchors), 4)
-    def run(seed, size): return rpn_loss(o, d, anchors, boxes, valid, batch_size_per_image=size, generator=torch.Generator().manual_seed(seed))
+    def run(seed, size): return loss_of_sample(o, d, anchors, boxes, valid, batch_size_per_image=size, generator=torch.Generator().manual_seed(seed))
     assert run(0, 16) == run(0, 16)
     losses = {run(seed, 4)[0].item() for seed in range(20)}
     assert all(abs(l - (5.0067 + 0.0067) / 2) < 1e-3 for l in losses)      # always half of each
@@ -134,7 +167,7 @@ def test_sample_is_balanced_and_repeatable():
 def test_loss_without_objects_is_finite_with_finite_gradients():
     anchors = torch.cat(levels(dtype=torch.float32))
     o, d = torch.zeros(1, len(anchors), requires_grad=True), torch.zeros(1, len(anchors), 4, requires_grad=True)
-    losses = rpn_loss(o, d, anchors, torch.zeros(1, 1, 4), tensor([[False]]))
+    losses = loss_of_sample(o, d, anchors, torch.zeros(1, 1, 4), tensor([[False]]))
     sum(losses).backward()
     assert losses[1] == 0 and (d.grad == 0).all() and o.grad.isfinite().all()
 
@@ -202,5 +235,8 @@ def test_gpu_agrees_with_cpu():
     there = filter_proposals(*([x.cuda() for x in xs] for xs in (o, d, anchors)), sizes.cuda(), 100, 50)
     for a, b in zip(here, there): assert_close(a, b.cpu(), atol=1e-3, rtol=1e-4)
     flat = [torch.cat(o, 1), torch.cat(d, 1), torch.cat(anchors), boxes, valid]
-    for a, b in zip(rpn_loss(*flat, batch_size_per_image=10**5), rpn_loss(*(x.cuda() for x in flat), batch_size_per_image=10**5)):
+    for a, b in zip(loss_of_sample(*flat, batch_size_per_image=10**5), loss_of_sample(*(x.cuda() for x in flat), batch_size_per_image=10**5)):
         assert_close(a, b.cpu(), atol=1e-5, rtol=1e-5)
+    head, maps, index = RPNHead(8, 3), [torch.randn(2, 8, h, w) for h, w in ((12, 16), (6, 8))], torch.randint(3 * 240, (2, 64))
+    here, there = answer_at(head, maps, index), answer_at(head.cuda(), [m.cuda() for m in maps], index.cuda())
+    for a, b in zip(here, there): assert_close(a, b.cpu(), atol=1e-5, rtol=1e-4)
