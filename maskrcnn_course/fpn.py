@@ -6,6 +6,7 @@ __all__ = ['Body', 'FeaturePyramid', 'fold_norms', 'unfold_norms', 'Backbone', '
 
 # %% ../nbs/05_fpn.ipynb #ccde0b48
 import copy
+import math
 from collections import Counter
 from contextlib import nullcontext
 from functools import lru_cache
@@ -77,16 +78,25 @@ class _Mixed:
 
 class _FoldingConv(_Mixed):
     "A convolution that does the work of the norm after it, while that norm stands still."
-    def _folded(self):
+    def _scale_and_shift(self):
         norm, = self.folded_norm
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self._parameters["weight"] * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+        return scale, norm.bias - norm.running_mean * scale
 
     @property
-    def weight(self): return self._folded()[0] if _stands_still(self.folded_norm[0]) else self._parameters["weight"]
+    def weight(self):
+        weight = self._parameters["weight"]
+        return weight * self._scale_and_shift()[0][:, None, None, None] if _stands_still(self.folded_norm[0]) else weight
 
     @property
-    def bias(self): return self._folded()[1] if _stands_still(self.folded_norm[0]) else None
+    def bias(self): return self._scale_and_shift()[1] if _stands_still(self.folded_norm[0]) else None
+
+    def forward(self, x):
+        places, weights = x[:, 0].numel() / math.prod(self.stride), self._parameters["weight"][0].numel()
+        if type(self).__bases__[1] is not nn.Conv2d or not _stands_still(self.folded_norm[0]) or weights <= places: return super().forward(x)
+        out = self._conv_forward(x, self._parameters["weight"], None)
+        scale, shift = (v[:, None, None].to(out) for v in self._scale_and_shift())
+        return torch.addcmul(shift, out, scale)  # the map has fewer numbers than the weights
 
 class _FoldedNorm(_Mixed):
     "A norm that has nothing to do while it stands still, but for the activation that timm's carry along."
