@@ -64,14 +64,12 @@ class MaskHead(nn.Module):
 
 # %% ../nbs/08_mask_head.ipynb #bb404a0a
 def mask_loss(
-    mask_logits:Float[Tensor, "k classes m m"], # of the samples
-    labels:Int[Tensor, "k"],                    # their classes
-    targets:Float[Tensor, "k m m"],             # from `mask_targets`
-    valid:Bool[Tensor, "k"],                    # false for padding
+    mask_logits:Float[Tensor, "k m m"], # of each sample's true class
+    targets:Float[Tensor, "k m m"],     # from `mask_targets`
+    valid:Bool[Tensor, "k"],            # false for padding
 ) -> Float[Tensor, ""]:
     "Binary cross-entropy of the true class's mask: classes do not compete (Mask R-CNN, section 3)."
-    logits = mask_logits.take_along_dim(labels[:, None, None, None], 1)[:, 0]
-    return masked_mean(F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean((1, 2)), valid)
+    return masked_mean(F.binary_cross_entropy_with_logits(mask_logits, targets, reduction="none").mean((1, 2)), valid)
 
 # %% ../nbs/08_mask_head.ipynb #2e7676e3
 def _axis_weights(low, high, pixels, cells):

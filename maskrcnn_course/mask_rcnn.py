@@ -235,10 +235,10 @@ class MaskRCNN(nn.Module):
         head = lambda rois: self.box_head(self.roi_features(features, rois, self.settings.box_output_size, batch))
         return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.box_head))
 
-    def run_mask_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch, *labels:Tensor) -> Tensor:
-        "Mask logits [batch, n, classes, 28, 28] of every box; with labels [batch, n] those of one class, [batch, n, 28, 28]."
-        head = lambda rois, *labels: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch), *labels)
-        return apply_to_valid(head, valid, _rois(boxes), *labels, drop=self._drops_padding(self.mask_head))
+    def run_mask_head(self, features:list, boxes:Tensor, labels:Tensor, valid:Tensor, batch:Batch) -> Tensor:
+        "Mask logits [batch, n, 28, 28] of every box, for the class in `labels` [batch, n]."
+        head = lambda rois, labels: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch), labels)
+        return apply_to_valid(head, valid, _rois(boxes), labels, drop=self._drops_padding(self.mask_head))
 
     def _drops_padding(self, head):
         "Padding must not enter a batch norm's statistics."
@@ -258,10 +258,10 @@ class MaskRCNN(nn.Module):
         boxes, labels, matched = samples.boxes[:, :n], samples.labels[:, :n], samples.matched[:, :n]
         valid, masks = labels > 0, batch.targets["masks"]
         if not len(masks): masks = masks.new_zeros(1, *batch.images.shape[-2:])
-        logits = self.run_mask_head(features, boxes, valid, batch)
+        logits = self.run_mask_head(features, boxes, labels, valid, batch)
         instance = (batch.targets["first_mask"][:, None] + matched).clamp(max=len(masks) - 1)
         targets = apply_to_valid(lambda b, i: mask_targets(masks, b, i, logits.shape[-1]), valid, boxes, instance)
-        return {"loss_mask": mask_loss(logits.flatten(0, 1), labels.flatten(), targets.flatten(0, 1), valid.flatten())}
+        return {"loss_mask": mask_loss(logits.flatten(0, 1), targets.flatten(0, 1), valid.flatten())}
 
     def detect(self, features:list, proposals:tuple, batch:Batch) -> tuple:
         "Boxes, labels, scores and valid of the detections, inside the model's coordinates."
@@ -273,7 +273,7 @@ class MaskRCNN(nn.Module):
     def mask_logits(self, features:list, detections:tuple, batch:Batch) -> Tensor:
         "The mask of each detection's own class: [batch, n, 28, 28]."
         boxes, labels, _, valid = detections
-        return self.run_mask_head(features, boxes, valid, batch, labels)
+        return self.run_mask_head(features, boxes, labels, valid, batch)
 
     def postprocess(self, detections:tuple, mask_logits:Tensor, batch:Batch) -> list:
         "Torchvision's prediction dicts, in the coordinates of the images as they came."

@@ -71,7 +71,7 @@ def rpn_loss(
     valid:Bool[Tensor, "batch s"],       # false for padding
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     "Cross-entropy of the objectness, and smooth L1 of the deltas (Faster R-CNN, equation 1)."
-    wrong = F.binary_cross_entropy_with_logits(objectness, positive.to(objectness), reduction="none")
+    wrong = F.binary_cross_entropy_with_logits(objectness, positive.to(targets), reduction="none")
     off = F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").sum(-1)
     return masked_mean(wrong, valid), (off * positive).sum() / valid.sum().clamp(min=1)
 

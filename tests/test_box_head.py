@@ -10,7 +10,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
-from maskrcnn_course.box_head import BoxHead, box_loss, filter_detections, select_training_samples
+from maskrcnn_course.box_head import BoxHead, Linear, box_loss, filter_detections, select_training_samples
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
@@ -205,3 +205,29 @@ def test_gpu_agrees_and_never_waits():
     finally: torch.cuda.set_sync_debug_mode("default")
     assert out[0].is_cuda
     for a, b in zip(box_loss(*losses), box_loss(*loss_case())): torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows_", [0, 1, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_is_torchs(rows_, dtype, autocast):
+    torch.manual_seed(0)
+    ours, theirs, x = Linear(96, 40).to(dtype), torch.nn.Linear(96, 40).to(dtype), torch.randn(rows_, 96).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for layer in (ours, theirs):
+        mine = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = layer(mine)
+        out.float().square().sum().backward()
+        results.append([out.detach(), mine.grad, layer.weight.grad, layer.bias.grad])
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_linear_without_gradients_compiled_and_strided():
+    torch.manual_seed(0)
+    layer, x = Linear(96, 40), torch.randn(96, 30).T                     # not contiguous
+    with torch.no_grad(): expected = torch.nn.Linear.forward(layer, x)
+    with torch.inference_mode(): torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x).detach(), expected, rtol=1e-4, atol=1e-5)

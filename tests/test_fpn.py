@@ -245,6 +245,26 @@ def test_folded_bodies_answer_and_learn_as_before(make):
     assert {type(m) for m in unfold_norms(folded).modules()} == {type(m) for m in plain.modules()}
 
 
+@pytest.mark.parametrize("places", [(1, 1), (3, 4), (9, 16)])           # the last has as many places as the layer has weights per channel
+@pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.BatchNorm2d])
+@pytest.mark.parametrize("conv", [nn.Conv2d(16, 8, 3, padding=1, bias=False), nn.Conv2d(16, 8, 3, 2, 1, bias=False), nn.Conv2d(16, 8, 1, bias=False),
+                                  nn.Conv2d(16, 8, 3, padding="same", padding_mode="reflect", bias=False), nn.Conv2d(16, 16, 3, groups=4, padding=1, bias=False)])
+def test_a_factor_goes_to_the_map_or_to_the_weights_with_the_same_result(places, norm, conv):
+    torch.manual_seed(0)
+    if conv.padding_mode == "reflect" and min(places) < 2: pytest.skip("reflection needs two rows")
+    plain = random_statistics(nn.Sequential(nn.Conv2d(3, 16, 1), copy.deepcopy(conv), norm(conv.out_channels), nn.ReLU(inplace=True))).double().eval()
+    folded = fold_norms(copy.deepcopy(plain))
+    assert "folded_norm" in vars(folded[1])
+    results = []
+    for layers in (plain, folded):
+        x = torch.linspace(-9, 9, 6 * places[0] * places[1], dtype=torch.float64).view(2, 3, *places).sin().requires_grad_()
+        out = layers(x)
+        out.square().sum().backward()
+        results.append([out.detach(), x.grad, *(p.grad for p in layers.parameters())])
+    for a, b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    with torch.autocast("cpu", torch.bfloat16): assert folded.float()(x.float()).dtype == torch.bfloat16
+
+
 def learnt(backbone, x):
     backbone.zero_grad()
     maps = backbone(x)

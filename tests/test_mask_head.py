@@ -52,7 +52,7 @@ def test_normalisation_takes_the_place_of_the_bias():
 def test_first_loss_is_about_log_two_where_features_are_quiet():
     torch.manual_seed(0)
     logits = MaskHead(32, 5, (32,) * 4)(torch.randn(10, 32, 14, 14) / 100)
-    loss = mask_loss(logits, torch.randint(1, 5, (10,)), (torch.rand(10, 28, 28) > 0.5).float(), torch.ones(10, dtype=torch.bool))
+    loss = mask_loss(logits[torch.arange(10), torch.randint(1, 5, (10,))], (torch.rand(10, 28, 28) > 0.5).float(), torch.ones(10, dtype=torch.bool))
     assert abs(loss.item() - math.log(2)) < 0.02
 
 
@@ -70,7 +70,7 @@ def test_targets_are_torchvisions(size, dtype):
 def test_loss_and_gradient_are_torchvisions(seed):
     z, boxes, masks, labels, index, instance = loss_case(seed)
     z.requires_grad_()
-    ours = mask_loss(z, labels[instance], mask_targets(masks, boxes, instance, 28), torch.ones(12, dtype=torch.bool))
+    ours = mask_loss(z[torch.arange(12), labels[instance]], mask_targets(masks, boxes, instance, 28), torch.ones(12, dtype=torch.bool))
     theirs = maskrcnn_loss(z, boxes.split(6), masks.split(3), labels.split(3), index.split(6))
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     (a,), (b,) = (torch.autograd.grad(loss, z) for loss in (ours, theirs))
@@ -80,13 +80,13 @@ def test_loss_and_gradient_are_torchvisions(seed):
 
 def test_padding_and_nothing_cost_nothing():
     z, boxes, masks, labels, _, instance = loss_case()
-    t, labels, half = mask_targets(masks, boxes, instance, 28), labels[instance], torch.arange(12) < 6
-    torch.testing.assert_close(mask_loss(z, labels, t, half), mask_loss(z[:6], labels[:6], t[:6], half[:6]))
+    t, z, half = mask_targets(masks, boxes, instance, 28), z[torch.arange(12), labels[instance]], torch.arange(12) < 6
+    torch.testing.assert_close(mask_loss(z, t, half), mask_loss(z[:6], t[:6], half[:6]))
     z.requires_grad_()
-    loss = mask_loss(z, labels, t, half & False)
+    loss = mask_loss(z, t, half & False)
     loss.backward()
     assert loss == 0 and z.grad.abs().sum() == 0
-    assert mask_loss(z[:0], labels[:0], t[:0], half[:0]) == 0
+    assert mask_loss(z[:0], t[:0], half[:0]) == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -151,7 +151,7 @@ def test_gpu_agrees_and_never_waits():
     cuda = [t.cuda() for t in (masks, boxes, z, b, gt, labels, instance)]
     def step(masks, boxes, z, b, gt, labels, instance):
         valid = torch.ones_like(instance, dtype=torch.bool)
-        return paste_masks(masks, boxes, size), mask_loss(z, labels[instance], mask_targets(gt, b, instance, 28), valid)
+        return paste_masks(masks, boxes, size), mask_loss(z[torch.arange(len(z)), labels[instance]], mask_targets(gt, b, instance, 28), valid)
     step(*cuda)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
