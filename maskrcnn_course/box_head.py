@@ -30,8 +30,9 @@ def conv_layers(
 class Linear(nn.Linear):
     "`nn.Linear`, which on a CPU in 32 bits asks the library that computes the convolutions."
     def forward(self, x):
-        elsewhere = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if elsewhere or not len(x) or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled): return super().forward(x)
+        plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) > 0
+        here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+        if not plain or not here or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(): return super().forward(x)
         return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
 
 # %% ../nbs/07_box_head.ipynb #a814651d
