@@ -65,7 +65,7 @@ class FeaturePyramid(nn.Module):
         "Lateral, top-down, smooth; and one level more for the largest anchors."
         lateral = [block(m) for block, m in zip(self.inner_blocks, maps)]
         for i in range(len(lateral) - 1, 0, -1):
-            lateral[i - 1] = lateral[i - 1] + F.interpolate(lateral[i], size=lateral[i - 1].shape[-2:])
+            lateral[i - 1] += F.interpolate(lateral[i], size=lateral[i - 1].shape[-2:])
         maps = [block(m) for block, m in zip(self.layer_blocks, lateral)]
         return maps + [F.max_pool2d(maps[-1], 1, 2)]
 

@@ -5,8 +5,8 @@ __all__ = ['mask_targets', 'MaskHead', 'mask_loss', 'paste_masks']
 
 # %% ../nbs/08_mask_head.ipynb #5645dc71
 import math
+import mmap
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -83,7 +83,8 @@ def _axis_weights(low, high, pixels, cells):
 # %% ../nbs/08_mask_head.ipynb #0e8887f7
 def _untouched_zeros(like, *shape):
     "Zeros of a tensor's kind on the CPU, that take up memory only where something is written."
-    return torch.from_numpy(np.zeros(math.prod(shape) * like.element_size(), np.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size(), access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 # %% ../nbs/08_mask_head.ipynb #1d371186
 def paste_masks(
