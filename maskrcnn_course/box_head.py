@@ -28,11 +28,11 @@ def conv_layers(
 
 # %% ../nbs/07_box_head.ipynb #0b8f3730
 class Linear(nn.Linear):
-    "`nn.Linear`, which on a CPU in 32 bits asks the library that computes the convolutions."
+    "`nn.Linear`; without gradients, on a CPU and in 32 bits, it asks the library that computes the convolutions."
     def forward(self, x):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(): return super().forward(x)
         plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) > 0
-        here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-        if not plain or not here or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling(): return super().forward(x)
+        if not (plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled): return super().forward(x)
         return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
 
 # %% ../nbs/07_box_head.ipynb #a814651d

@@ -221,6 +221,9 @@ def test_linear_is_torchs(rows_, dtype, autocast):
         out.float().square().sum().backward()
         results.append([out.detach(), mine.grad, layer.weight.grad, layer.bias.grad])
     for a, b in zip(*results):
+        assert torch.equal(a, b) and a.dtype == b.dtype                   # with gradients, to the bit
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast): a, b = ours(x), theirs(x)
         assert a.dtype == b.dtype and a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -230,4 +233,6 @@ def test_linear_without_gradients_compiled_and_strided():
     layer, x = Linear(96, 40), torch.randn(96, 30).T                     # not contiguous
     with torch.no_grad(): expected = torch.nn.Linear.forward(layer, x)
     with torch.inference_mode(): torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x).detach(), expected, rtol=1e-4, atol=1e-5)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients): found = torch.compile(layer, backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
