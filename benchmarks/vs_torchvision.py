@@ -8,7 +8,7 @@ lay there before it. Results are written to benchmarks/results/.
     python benchmarks/vs_torchvision.py paste evaluation     # the cases whose names contain one of these words
     python benchmarks/vs_torchvision.py --list
 
-On a CPU all of them take one to two hours and 12 GB of memory, most of that for batches of eight photos of 800x1333.
+On a CPU all of them take more than an hour and about 10 GB of memory; a batch of eight photos of 800x1333 needs the most of both.
 """
 import argparse
 import contextlib
