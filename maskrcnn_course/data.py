@@ -346,7 +346,10 @@ def _class_of(categories:list, groups:str | dict | None) -> dict:
     "The class of each category that has one, by name."
     known = {c["name"]: c.get("supercategory") for c in sorted(categories, key=lambda c: c["id"])}
     if groups is None: return {name: name for name in known}
-    if groups == "supercategory": return known
+    if groups == "supercategory":
+        if without := [name for name, group in known.items() if not group]:
+            raise ValueError(f"groups is \"supercategory\", but the categories {without} have none; leave groups out, and each category is a class")
+        return known
     class_of = {category: name for name, members in groups.items() for category in members}
     if unknown := sorted(class_of.keys() - known.keys()): raise ValueError(f"groups names {unknown}, but the categories are {list(known)}")
     if len(class_of) < sum(map(len, groups.values())): raise ValueError(f"groups puts a category into two classes: {groups}")

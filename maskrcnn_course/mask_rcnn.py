@@ -34,7 +34,7 @@ from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
 @dataclass(frozen=True)
 class Settings:
     "Every number of the model, under torchvision's name and with the paper's value."
-    min_size:int|tuple = 800                 # shorter side of an image inside the model, in pixels; of several, training draws one, detecting takes the last ...
+    min_size:int|tuple = 800                 # shorter side of an image inside the model, in pixels; of several, training draws one for a batch, detecting takes the last ...
     max_size:int = 1333                      # ... unless the longer side would exceed this
     fixed_size:tuple|None = None             # width and height instead of these two
     size_divisible:int = 32                  # a padded batch's height and width are multiples of this
@@ -124,13 +124,16 @@ class MaskRCNN(nn.Module):
         "Detections with masks, in the coordinates of the images as they came; or what is wrong with them."
         batch = self.prepare(images, targets, generator)
         features = self.backbone(batch.images)
-        rpn = self.run_rpn(features, batch)
-        if targets is not None:
-            samples = self.select_samples(self.propose(rpn, batch, train=True), batch, generator)
-            return (self.rpn_losses(features, rpn[2], batch, generator) | self.box_losses(features, samples, batch)
-                    | self.mask_losses(features, samples, batch))
-        detections = self.detect(features, self.propose(rpn, batch, train=False), batch)
+        if targets is not None: return self.losses(features, batch, generator)
+        detections = self.detect(features, self.propose(self.run_rpn(features, batch), batch, train=False), batch)
         return self.postprocess(detections, self.mask_logits(features, detections, batch), batch)
+
+    def losses(self, features:list, batch:Batch, generator:torch.Generator|None=None) -> dict:
+        "What is wrong with the model's answers: the five losses by name."
+        rpn = self.run_rpn(features, batch)
+        samples = self.select_samples(self.propose(rpn, batch, train=True), batch, generator)
+        return (self.rpn_losses(features, rpn[2], batch, generator) | self.box_losses(features, samples, batch)
+                | self.mask_losses(features, samples, batch))
 
     def prepare(self,
         images:list,            # [3, height, width] each, 0...1
@@ -141,13 +144,14 @@ class MaskRCNN(nn.Module):
         s, device = self.settings, self.rpn_head.cls_logits.weight.device
         def here(numbers, dtype=None): return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)  # without waiting
         if not images: raise ValueError("no images: give a list with at least one [3, height, width] tensor")
-        resized, originals = [], []
+        draws, resized, originals = self.training and isinstance(s.min_size, tuple), [], []
+        place = torch.randint(len(s.min_size), (), generator=generator, device=generator.device if generator else "cpu").item() if draws else -1
         for i, image in enumerate(images):
             if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
                 raise ValueError(f"image {i} is {image.dtype} of shape {list(image.shape)}; expected floats of shape [3, height, width]")
             image = image.to(device, non_blocking=True)
             mean, std = (here(v, image.dtype)[:, None, None] for v in (s.image_mean, s.image_std))
-            resized.append(_resize(((image - mean) / std)[None], self._size(image, generator), "bilinear")[0])
+            resized.append(_resize(((image - mean) / std)[None], self._size(image, place), "bilinear")[0])
             originals.append(tuple(image.shape[-2:]))
         images, sizes = pad_images(resized, s.size_divisible)
         if targets is None: return Batch(images, sizes, originals, None)
@@ -164,18 +168,13 @@ class MaskRCNN(nn.Module):
         first = [sum(counts[:i]) for i in range(len(counts))]
         return Batch(images, sizes, originals, targets | dict(masks=padded, first_mask=here(first)))
 
-    def _size(self, image, generator=None):
+    def _size(self, image, place=-1):
         "Height and width inside the model, rounded as torchvision does."
         s, (h, w) = self.settings, image.shape[-2:]
         if s.fixed_size: return s.fixed_size[1], s.fixed_size[0]
-        low = s.min_size
-        if isinstance(low, tuple): low = low[self._draw(len(low), generator) if self.training else -1]
+        low = s.min_size[place] if isinstance(s.min_size, tuple) else s.min_size
         scale = min(low / min(h, w), s.max_size / max(h, w))
         return int(h * scale), int(w * scale)
-
-    def _draw(self, n, generator):
-        "A whole number below `n`."
-        return torch.randint(n, (), generator=generator, device=generator.device if generator else "cpu").item()
 
     def _check_target(self, target, i):
         "The target of image `i`, with `iscrowd`; a ValueError that names what is wrong."
@@ -312,7 +311,7 @@ _LAPTOP = dict(
 PRESETS = {
     "laptop": (lite0_backbone, _LAPTOP),
     "photos": (lite0_backbone, _LAPTOP | dict(
-        min_size=480, max_size=640, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
+        min_size=(384, 480, 576), max_size=768, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
         rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000, box_batch_size_per_image=128)),
     "standard": (resnet50_backbone, {}),
     "standard_v2": (resnet50_v2_backbone, dict(rpn_conv_depth=2, box_layers=(256, 256, 256, 256), box_hidden=(1024,), head_norm=True)),

@@ -42,7 +42,8 @@ RECIPES = {  # of each stage its epochs and the learning rate of new layers; ima
     "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4), batch_size=16, body_lr=dict(rpn=0.2, joint=0.2)),
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=dict(rpn=1.0, joint=1.0)),
 }
-RECIPES["photos"], RECIPES["standard_v2"] = RECIPES["laptop"], RECIPES["standard"]  # the same networks
+RECIPES["photos"] = RECIPES["laptop"] | dict(lr=RECIPES["laptop"]["lr"] | dict(joint=7e-4), batch_size=4)  # few photos: smaller steps, and more of them
+RECIPES["standard_v2"] = RECIPES["standard"]
 
 # %% ../nbs/11_training.ipynb #f564b4b9
 def class_maps(
@@ -80,7 +81,7 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.model, self.name = model, name
-        self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes) if name == "rpn" and has_masks else None
+        self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes) if name in ("rpn", "joint") and has_masks else None
         for part, module in model.named_children():
             if part not in STAGES[name]: module.requires_grad_(False)
 
@@ -97,11 +98,11 @@ class Stage(nn.Module):
     ) -> dict:
         "The losses of this stage."
         model = self.model
-        if self.name == "joint": return model(*inputs, generator)
-        if self.name == "rpn":
+        if "backbone" in STAGES[self.name]:
             batch = model.prepare(*inputs, generator)
             features = model.backbone(batch.images)
-            losses = model.rpn_losses(features, model.anchors(features, batch), batch, generator)
+            if self.name == "joint": losses = model.losses(features, batch, generator)
+            else: losses = model.rpn_losses(features, model.anchors(features, batch), batch, generator)
             return losses | ({"loss_semantic": semantic_loss(self.semantic_head, features, batch)} if self.semantic_head else {})
         features, proposals, batch = inputs
         features = [f.to(proposals[0].dtype) for f in features]
@@ -174,26 +175,34 @@ def augmentation(
     return v2.Compose([known[name] for name in known if name in names] or [v2.Identity()])
 
 # %% ../nbs/11_training.ipynb #7e74ec0b
+def _left_of(target, boxes, masks):
+    "The objects of a target at new boxes and masks: where a mask lost pixels, box and area are measured anew; an object of which no tenth is left goes."
+    whole, left = (m.flatten(1).sum(1) for m in (target["masks"], masks))
+    kept, cut = left > 0.1 * whole, left < whole
+    boxes = boxes.clone()
+    if (both := kept & cut).any(): boxes[both] = torchvision.ops.masks_to_boxes(masks[both]) + boxes.new_tensor([0, 0, 1, 1])
+    moved = dict(target, boxes=boxes, masks=masks, area=torch.where(cut, left.to(target["area"]), target["area"]))
+    return {k: v[kept] for k, v in moved.items() if k != "image_id"}
+
 def _paste(image, target, other, donor, generator):
-    "`image` with about half of the objects of `other`, which lie in front."
+    "`image` with about half of the objects of `other`, which lie in front. Of a larger `other` a window is taken, a smaller one lies anywhere."
     chosen = (torch.rand(len(donor["labels"]), generator=generator) < 0.5) & (donor["iscrowd"] == 0)
-    if image.shape != other.shape or not chosen.any(): return image, target
-    hidden = donor["masks"][chosen].bool().any(0)
-    masks, whole = target["masks"] * ~hidden, target["masks"].flatten(1).sum(1)
-    left = masks.flatten(1).sum(1)
-    kept, touched = left > 0.1 * whole, left < whole
-    boxes = target["boxes"].clone()
-    if (both := kept & touched).any(): boxes[both] = torchvision.ops.masks_to_boxes(masks[both]) + boxes.new_tensor([0, 0, 1, 1])
-    below = dict(target, boxes=boxes, masks=masks, area=torch.where(touched, left.to(target["area"]), target["area"]))
-    both = {k: torch.cat([v[kept], donor[k][chosen]]) for k, v in below.items() if k != "image_id"}
-    return torch.where(hidden, other, image), target | both
+    def offset(n): return torch.randint(abs(n) + 1, (), generator=generator).item() * (1 if n > 0 else -1)
+    top, left = (offset(there - here) for there, here in zip(other.shape[-2:], image.shape[-2:]))
+    other, masks = (v2.functional.crop(x, top, left, *image.shape[-2:]) for x in (other, donor["masks"][chosen]))
+    donor = {k: v[chosen] for k, v in donor.items() if k != "image_id"}
+    front = _left_of(donor, donor["boxes"] - donor["boxes"].new_tensor([left, top, left, top]), masks)
+    if not len(front["labels"]): return image, target
+    hidden = front["masks"].bool().any(0)
+    back = _left_of(target, target["boxes"], target["masks"] * ~hidden)
+    return torch.where(hidden, other, image), target | {k: torch.cat([back[k], front[k]]) for k in back}
 
 def copy_paste(
     images:list,                         # [3, height, width] each
     targets:list,                        # with masks
     generator:torch.Generator|None=None, # for the same choice again
 ) -> tuple[list, list]:
-    "Every image with objects of the batch's next one, if both are of one size (Ghiasi et al., 2021)."
+    "Every image with objects of the batch's next one, as large in pixels as they are there (Ghiasi et al., 2021)."
     pairs = zip(images, targets, images[1:] + images[:1], targets[1:] + targets[:1])
     images, targets = zip(*(_paste(*pair, generator) for pair in pairs))
     return list(images), list(targets)

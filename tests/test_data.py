@@ -392,6 +392,11 @@ def test_import_groups_and_classes(folder, capsys):
 def test_import_refuses_unknown_names(folder, kwargs, message): folder.fails(message, **kwargs)
 
 
+def test_import_says_which_categories_have_no_group(folder):
+    del folder.coco["categories"][2]["supercategory"]
+    folder.fails("\"supercategory\", but the categories \\['cat'\\] have none", groups="supercategory")
+
+
 def test_import_drops_counts_and_says(folder, capsys):
     folder.add(id=90, bbox=[5, 5, 0, 8])
     folder.add(id=91, bbox=[5, 5, 8, -1])
