@@ -207,6 +207,7 @@ def test_training_draws_one_of_several_sizes():
     image, g = [torch.rand(3, 70, 70)], torch.Generator().manual_seed(0)
     drawn = {model.train().prepare(image, generator=g).sizes[0, 0].item() for _ in range(50)}
     assert drawn == {32, 48, 64}
+    assert all(len(set(model.prepare(image * 3).sizes[:, 0].tolist())) == 1 for _ in range(10))  # one for a batch: nothing is padded up to another size
     assert model.eval().prepare(image).sizes.tolist() == [[64, 64]]
 
 

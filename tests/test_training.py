@@ -151,6 +151,39 @@ def test_pasting_keeps_targets_true(scenes):
     assert pasted > 20
 
 
+def test_pasting_needs_no_equal_sizes(scenes):
+    "After shrink and crop hardly two images are of one size; objects are pasted all the same, as large as they were, and targets stay true."
+    data, pasted, whole = InstanceDataset(scenes, "train", augmentation(("flip", "shrink", "crop"))), 0, 0
+    torch.manual_seed(0)
+    for seed in range(20):
+        images, targets = collate([data[seed % len(data)], data[(seed + 1) % len(data)], data[(seed + 2) % len(data)]])
+        new_images, new_targets = copy_paste(images, targets, torch.Generator().manual_seed(seed))
+        for i, (image, t) in enumerate(zip(new_images, new_targets)):
+            assert image.shape == images[i].shape and t["masks"].shape[1:] == image.shape[1:] and (t["masks"].sum(0) <= 1).all()
+            if image is images[i]: continue
+            tight = torchvision.ops.masks_to_boxes(t["masks"]) + torch.tensor([0, 0, 1, 1])
+            assert (t["area"] - t["masks"].flatten(1).sum(1)).abs().max() == 0 and (t["boxes"] - tight).abs().max() <= 1.01
+            height, width = image.shape[1:]
+            assert (t["boxes"] >= 0).all() and (t["boxes"] <= torch.tensor([width, height, width, height])).all()
+            changed = (image != images[i]).any(0)
+            assert (t["masks"].sum(0)[changed] == 1).all()  # whatever is new is an object
+            donors = targets[(i + 1) % 3]
+            pasted += images[(i + 1) % 3].shape != image.shape
+            whole += any(m.sum() == d.sum() for m in t["masks"] for d in donors["masks"])
+    assert pasted > 15 and whole > 5
+
+
+def test_the_joint_stage_asks_about_pixels_too(scenes):
+    images, targets = collate([InstanceDataset(scenes, "train")[i] for i in range(2)])
+    model = mask_rcnn("tiny")
+    names = set(model.state_dict())
+    losses = Stage(model, "joint").train()((images, targets), torch.Generator().manual_seed(0))
+    plain = model(images, targets, torch.Generator().manual_seed(0))
+    assert set(losses) == {*plain, "loss_semantic"} and all(torch.equal(losses[k], v) for k, v in plain.items())
+    assert set(model.state_dict()) == names
+
+
+
 def test_an_image_without_objects_takes_every_augmentation():
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 40, 60, dtype=torch.uint8),
                    image_id=1, area=torch.zeros(0), iscrowd=torch.zeros(0, dtype=torch.long))
