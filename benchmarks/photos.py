@@ -3,7 +3,7 @@
 All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head half of them), by default with every
 augmentation but copy-paste, and begin with the weights that
 `maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and has the same optimiser and schedule.
-Ours computes in bfloat16 where the processor has it, as it does by default; torchvision's in float32, as it comes.
+Ours asks its features about pixels (`semantic_loss`) and computes in bfloat16 where the processor has it, as it does by default; torchvision's does neither.
 
     python benchmarks/photos.py ours
     python benchmarks/photos.py torchvision --seed 1
