@@ -1,15 +1,14 @@
 """What the parts of the recipe for photos are worth, and torchvision's Mask R-CNN with the same recipe: one run a call, one result file a run.
 
-All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head half of them), by default with every
-augmentation but copy-paste, and begin with the weights that
-`maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and has the same optimiser and schedule.
+All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head half of them), with every augmentation
+unless one is left out, and begin with the weights that `maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and has the same optimiser and schedule.
 Ours asks its features about pixels (`semantic_loss`) and computes in bfloat16 where the processor has it, as it does by default; torchvision's does neither.
 
     python benchmarks/photos.py ours
     python benchmarks/photos.py torchvision --seed 1
     python benchmarks/photos.py stages               # ours, in three stages
     python benchmarks/photos.py no-scenes            # begin with ImageNet's body and random heads
-    python benchmarks/photos.py no-flip              # or any other augmentation
+    python benchmarks/photos.py no-flip              # or colour, shrink, crop, paste
     python benchmarks/photos.py float32              # ours, as precise as torchvision's
     python benchmarks/photos.py half                 # of the photos, for twice the epochs; or a quarter
 """
@@ -28,14 +27,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from maskrcnn_course.data import InstanceDataset
+from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.mask_rcnn import load_model, mask_rcnn
-from maskrcnn_course.training import RECIPES, augmentation, evaluate_model, train
-from scenes_vs_torchvision import cpu_name, measure, trainable_targets
+from maskrcnn_course.training import RECIPES, augmentation, copy_paste, evaluate_model, train
+from scenes_vs_torchvision import cpu_name, measure
 
-AUGMENT = ("flip", "colour", "shrink", "crop")
+AUGMENT = ("flip", "colour", "shrink", "crop", "paste")
 PARTS = {"half": 2, "quarter": 4}
-NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), "with-paste", "float32", *PARTS)
+NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), "float32", *PARTS)
 
 
 def part_of(data, out, times):
@@ -54,6 +53,12 @@ def about(seed):
     return dict(commit=commit, seed=seed, machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__))
 
 
+def trainable(batch):
+    "A pasted batch as torchvision takes it: crowds are not trained on."
+    images, targets = copy_paste(*collate(batch))
+    return images, [{k: t[k][t["iscrowd"] == 0] for k in ("boxes", "labels", "masks")} for t in targets]
+
+
 def train_torchvision(args, out):
     "Torchvision's model after as many epochs as ours, with the same optimiser and schedule."
     recipe, lr = RECIPES["laptop"], RECIPES["laptop"]["lr"]["joint"]
@@ -63,7 +68,7 @@ def train_torchvision(args, out):
     model = ours.to_torchvision().train()
     for layer in model.backbone.body.modules():  # torchvision's own recipe freezes batch norm as well
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
-    loader = DataLoader(InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True, collate_fn=trainable_targets,
+    loader = DataLoader(InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True, collate_fn=trainable,
                         generator=torch.Generator().manual_seed(args.seed))
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
@@ -83,12 +88,12 @@ def train_torchvision(args, out):
 
 def train_ours(args, out):
     "Ours, jointly or in three stages."
-    names = [a for a in AUGMENT if args.name != f"no-{a}"] + ["paste"] * (args.name == "with-paste")
+    names = tuple(a for a in AUGMENT if args.name != f"no-{a}")
     stages = ("rpn", "box", "mask") if args.name == "stages" else ("joint",)
     times = PARTS.get(args.name, 1)
     data, epochs = part_of(args.data, Path(out), times) if times > 1 else args.data, times * args.epochs
     train(data, out, stages, epochs=dict(rpn=epochs, box=epochs // 2, mask=epochs // 2, joint=epochs), seed=args.seed,
-          augment=tuple(names), looks=4, mixed_precision="no" if args.name == "float32" else "auto", start=None if args.name == "no-scenes" else args.start)
+          augment=names, looks=4, mixed_precision="no" if args.name == "float32" else "auto", start=None if args.name == "no-scenes" else args.start)
     return load_model(Path(out) / "model.safetensors")[0]
 
 
