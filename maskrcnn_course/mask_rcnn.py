@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 from .data import pad_images, pad_targets
-from .boxes import apply_to_valid, gather_boxes
+from .boxes import apply_to_valid, clip_boxes, gather_boxes
 from .anchors import AnchorGenerator
 from .rpn import RPNHead, answer_at, filter_proposals, rpn_loss, select_training_anchors
 from .fpn import Backbone, Body, lite0_backbone, resnet50_backbone, resnet50_v2_backbone, tiny_backbone, unfold_norms
 from .roi_align import multiscale_roi_align
 from .box_head import BoxHead, box_loss, filter_detections, select_training_samples
-from .mask_head import MaskHead, mask_loss, mask_targets, paste_masks
+from .mask_head import MaskHead, boxes_from_masks, mask_loss, mask_targets, paste_masks
 
 # %% ../nbs/10_mask_rcnn.ipynb #63d110e7
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Settings:
     box_layers:tuple = ()                    # channels of the box head's 3x3 layers
     box_hidden:tuple = (1024, 1024)          # units of its fully connected layers
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
+    mask_box_weight:float = 0.               # say of the masks in where the boxes end, 0...1; torchvision has no such thing
     head_norm:bool = False                   # batch norm after the 3x3 layers of both heads
 
 # %% ../nbs/10_mask_rcnn.ipynb #07442b63
@@ -266,8 +267,19 @@ class MaskRCNN(nn.Module):
         "Boxes, labels, scores and valid of the detections, inside the model's coordinates."
         (boxes, _, valid), s = proposals, self.settings
         logits, deltas = self.run_box_head(features, boxes, valid, batch)
-        return filter_detections(logits, deltas, boxes, valid, batch.sizes, s.box_score_thresh, s.box_nms_thresh,
-                                 s.box_detections_per_img, s.bbox_reg_weights)
+        found = filter_detections(logits, deltas, boxes, valid, batch.sizes, s.box_score_thresh, s.box_nms_thresh,
+                                  s.box_detections_per_img, s.bbox_reg_weights)
+        return self.refine(features, found, batch) if s.mask_box_weight else found
+
+    def refine(self, features:list, detections:tuple, batch:Batch) -> tuple:
+        "Detections whose edges are moved towards those of their masks, which are looked for with some room around each box."
+        (boxes, labels, scores, valid), weight = detections, self.settings.mask_box_weight
+        center, half = (boxes[..., 2:] + boxes[..., :2]) * 0.5, (boxes[..., 2:] - boxes[..., :2]) * 0.6
+        windows = torch.cat([center - half, center + half], -1)
+        masks = self.run_mask_head(features, windows, labels, valid, batch).to(boxes).sigmoid()
+        found, sure = boxes_from_masks(masks.flatten(0, 1), windows.flatten(0, 1))
+        moved = boxes + weight * (clip_boxes(found.view_as(boxes), batch.sizes) - boxes)
+        return torch.where((sure.view_as(valid) & valid)[..., None], moved, boxes), labels, scores, valid
 
     def mask_logits(self, features:list, detections:tuple, batch:Batch) -> Tensor:
         "The mask of each detection's own class: [batch, n, 28, 28]."
@@ -312,7 +324,8 @@ PRESETS = {
     "laptop": (lite0_backbone, _LAPTOP),
     "photos": (lite0_backbone, _LAPTOP | dict(
         min_size=(384, 480, 576), max_size=768, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
-        rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000, box_batch_size_per_image=128)),
+        rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000,
+        box_batch_size_per_image=128, mask_box_weight=0.65)),
     "standard": (resnet50_backbone, {}),
     "standard_v2": (resnet50_v2_backbone, dict(rpn_conv_depth=2, box_layers=(256, 256, 256, 256), box_hidden=(1024,), head_norm=True)),
     "tiny": (tiny_backbone, dict(
@@ -491,11 +504,11 @@ class _TorchvisionBackbone(Backbone):
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
-    "torchvision's Mask R-CNN with the same weights and settings, in the same mode."
+    "torchvision's Mask R-CNN with the same weights and settings, in the same mode; its masks have no say in the boxes."
     from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as boxes, rpn, mask_rcnn as masks
     s, given = model.settings, dict(vars(model.settings))
     for name in ("anchor_sizes", "aspect_ratios", "rpn_conv_depth", "canonical_scale", "sampling_ratio", "box_output_size", "mask_output_size",
-                 "box_layers", "box_hidden", "mask_layers", "head_norm"): del given[name]  # parts below; the rest are arguments there
+                 "box_layers", "box_hidden", "mask_layers", "head_norm", "mask_box_weight"): del given[name]  # parts below; the rest are arguments there
     given.update(image_mean=list(s.image_mean), image_std=list(s.image_std))
     channels, norm = model.backbone.out_channels, nn.BatchNorm2d if s.head_norm else None
     levels, scale = [str(i) for i in range(len(s.anchor_sizes) - 1)], int(s.canonical_scale) if s.canonical_scale % 1 == 0 else s.canonical_scale

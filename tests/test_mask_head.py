@@ -10,7 +10,7 @@ from torch import nn, tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image, project_masks_on_boxes
 
-from maskrcnn_course.mask_head import MaskHead, mask_loss, mask_targets, paste_masks
+from maskrcnn_course.mask_head import MaskHead, boxes_from_masks, mask_loss, mask_targets, paste_masks
 
 
 def loss_case(seed=0, n=12, classes=5, m=28):
@@ -158,3 +158,33 @@ def test_gpu_agrees_and_never_waits():
     try: ours = step(*cuda)
     finally: torch.cuda.set_sync_debug_mode("default")
     for a, c in zip(ours, step(masks, boxes, z, b, gt, labels, instance)): torch.testing.assert_close(a.cpu(), c, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(30, 160), min_size=4, max_size=4), st.floats(1.2, 1.6))
+def test_boxes_come_back_from_the_targets_of_rectangles(edges, times):
+    "Every edge to within a tenth of a pixel and of a cell, if the window has the room that `refine` gives, or more."
+    (x1, x2), (y1, y2) = sorted(edges[:2]), sorted(edges[2:])
+    box = tensor([[x1, y1, x2 + 8, y2 + 8]]).double()
+    mask = torch.zeros(1, 200, 200, dtype=torch.uint8)
+    mask[0, y1:y2 + 8, x1:x2 + 8] = 1
+    half = (box[:, 2:] - box[:, :2]) / 2 * times
+    window = torch.cat([(box[:, :2] + box[:, 2:]) / 2 - half, (box[:, :2] + box[:, 2:]) / 2 + half], 1)
+    found, sure = boxes_from_masks(mask_targets(mask, window, tensor([0]), 28), window)
+    cells = (window[:, 2:] - window[:, :2]).tile(2) / 28
+    assert sure.all() and ((found - box).abs() <= 0.1 + 0.1 * cells).all()
+
+
+def test_a_mask_that_is_cut_off_ends_with_its_window_and_one_without_opinion_says_so():
+    window = tensor([[10.0, 20, 38, 48]]).repeat(4, 1)
+    masks = torch.zeros(4, 28, 28)
+    masks[0] = 1
+    masks[1, :, 14:] = 1
+    masks[2] = 0.55
+    masks[3, 5, 7] = 0.9  # a single cell: between the centres around it
+    found, sure = boxes_from_masks(masks, window)
+    assert sure.tolist() == [True, True, False, True]
+    torch.testing.assert_close(found[:2] - 0.5, tensor([[10.0, 20, 38, 48], [24.0, 20, 38, 48]]))
+    inside = 0.4 / 0.9  # from the cell's centre to one half
+    torch.testing.assert_close(found[3] - 0.5, tensor([17.5 - inside, 25.5 - inside, 17.5 + inside, 25.5 + inside]))
+    assert [len(x) for x in boxes_from_masks(masks[:0], window[:0])] == [0, 0]

@@ -1,5 +1,6 @@
 "The whole model against torchvision's, with the same weights; weights there and back; and targets that have nothing to teach."
 import copy
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -209,6 +210,31 @@ def test_training_draws_one_of_several_sizes():
     assert drawn == {32, 48, 64}
     assert all(len(set(model.prepare(image * 3).sizes[:, 0].tolist())) == 1 for _ in range(10))  # one for a batch: nothing is padded up to another size
     assert model.eval().prepare(image).sizes.tolist() == [[64, 64]]
+
+
+def test_masks_vote_on_boxes_only_if_asked():
+    ours, peer = pair(tiny_peer())
+    images = [example(70, 90)[0], example(64, 50)[0]]
+    for layer in (ours.mask_head.mask_fcn_logits, peer.roi_heads.mask_predictor.mask_fcn_logits): layer.weight.data *= 0
+    bias = torch.linspace(-3, 3, len(layer.bias), dtype=layer.bias.dtype)  # masks that are full for some classes and empty for others
+    for layer in (ours.mask_head.mask_fcn_logits, peer.roi_heads.mask_predictor.mask_fcn_logits): layer.bias.data = bias.clone()
+    with torch.no_grad():
+        plain = ours(images)
+        assert_same(plain, peer(images), 3)
+        ours.settings = dataclasses.replace(ours.settings, mask_box_weight=0.5)
+        voted = ours(images)
+        assert_same(plain, ours.to_torchvision()(images), 3)  # which has no such thing
+    moved = 0
+    for a, b, image in zip(plain, voted, images):
+        assert torch.equal(a["labels"], b["labels"]) and torch.equal(a["scores"], b["scores"])
+        full = bias[a["labels"]].sigmoid() > 0.6
+        assert torch.equal(a["boxes"][~full], b["boxes"][~full])
+        room = 0.1 * (a["boxes"][:, 2:] - a["boxes"][:, :2])
+        assert (b["boxes"][full, :2] <= a["boxes"][full, :2] + 1).all() and (b["boxes"][full, 2:] >= a["boxes"][full, 2:] - 1e-9).all()
+        assert ((b["boxes"] - a["boxes"]).abs() <= room.tile(2) / 2 + 1).all()
+        assert b["boxes"].min() >= 0 and (b["boxes"][:, 2:].amax(0) <= torch.tensor([image.shape[2], image.shape[1]]).double() + 1e-6).all()
+        moved += (a["boxes"] != b["boxes"]).any(1).sum()
+    assert moved > 10
 
 
 @pytest.mark.parametrize("kind", ["resnet50_fpn", "resnet50_fpn_v2", "mobilenet_v3_large"])
