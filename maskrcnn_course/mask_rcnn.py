@@ -391,7 +391,7 @@ def load_model(
     if missing := {"preset", "classes", "stage", "settings"} - set(about):
         raise ValueError(f"{path} was not written by save_model: its metadata lack {sorted(missing)}")
     tuples = lambda v: tuple(map(tuples, v)) if isinstance(v, list) else v
-    classes, settings = json.loads(about["classes"]), {k: tuples(v) for k, v in json.loads(about["settings"]).items()}
+    classes, settings = json.loads(about["classes"]), vars(Settings()) | {k: tuples(v) for k, v in json.loads(about["settings"]).items()}  # what an older file does not name was not there
     model = mask_rcnn(about["preset"], len(classes) + 1, pretrained=False, **settings)
     model.load_state_dict(weights)
     frozen = [m for m in model.backbone.body.modules() if isinstance(m, FrozenBatchNorm2d)]

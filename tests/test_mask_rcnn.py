@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import json
 import threading
 
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as tv_boxes, mask_rcnn as tv_masks
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -408,6 +411,15 @@ def test_a_saved_model_is_the_same_and_a_broken_file_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="m.safetensors is not a whole"): load_model(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_file_from_before_a_setting_detects_as_it_did(tmp_path):
+    path = save_model(mask_rcnn("photos", pretrained=False, max_size=700), tmp_path / "m.safetensors", ["vehicle", "person", "animal"], "joint")
+    assert load_model(path)[0].settings.mask_box_weight == mask_rcnn("photos", pretrained=False).settings.mask_box_weight > 0
+    with safe_open(path, "pt") as f: about, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+    older = {k: v for k, v in json.loads(about["settings"]).items() if k != "mask_box_weight"}
+    save_file(weights, path, about | dict(settings=json.dumps(older)))
+    assert (found := load_model(path)[0].settings).mask_box_weight == 0 and found.max_size == 700
 
 
 def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
