@@ -9,7 +9,6 @@ Ours asks its features about pixels (`semantic_loss`) and computes in bfloat16 w
     python benchmarks/photos.py stages               # ours, in three stages
     python benchmarks/photos.py no-scenes            # begin with ImageNet's body and random heads
     python benchmarks/photos.py no-flip              # or colour, shrink, crop, paste
-    python benchmarks/photos.py float32              # ours, as precise as torchvision's
     python benchmarks/photos.py half                 # of the photos, for twice the epochs; or a quarter
 """
 import argparse
@@ -34,7 +33,7 @@ from scenes_vs_torchvision import cpu_name, measure
 
 AUGMENT = ("flip", "colour", "shrink", "crop", "paste")
 PARTS = {"half": 2, "quarter": 4}
-NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), "float32", *PARTS)
+NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), *PARTS)
 
 
 def part_of(data, out, times):
@@ -93,7 +92,7 @@ def train_ours(args, out):
     times = PARTS.get(args.name, 1)
     data, epochs = part_of(args.data, Path(out), times) if times > 1 else args.data, times * args.epochs
     train(data, out, stages, epochs=dict(rpn=epochs, box=epochs // 2, mask=epochs // 2, joint=epochs), seed=args.seed,
-          augment=names, looks=4, mixed_precision="no" if args.name == "float32" else "auto", start=None if args.name == "no-scenes" else args.start)
+          augment=names, looks=4, start=None if args.name == "no-scenes" else args.start)
     return load_model(Path(out) / "model.safetensors")[0]
 
 
