@@ -9,19 +9,15 @@ Ours asks its features about pixels (`semantic_loss`) and computes in bfloat16 w
     python benchmarks/photos.py stages               # ours, in three stages
     python benchmarks/photos.py no-scenes            # begin with ImageNet's body and random heads
     python benchmarks/photos.py no-flip              # or colour, shrink, crop, paste
-    python benchmarks/photos.py half                 # of the photos, for twice the epochs; or a quarter
 """
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-import h5py
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -32,18 +28,7 @@ from maskrcnn_course.training import RECIPES, augmentation, copy_paste, evaluate
 from scenes_vs_torchvision import cpu_name, measure
 
 AUGMENT = ("flip", "colour", "shrink", "crop", "paste")
-PARTS = {"half": 2, "quarter": 4}
-NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT), *PARTS)
-
-
-def part_of(data, out, times):
-    "A copy of a data set in which only one of so many training photos is trained on."
-    with h5py.File(shutil.copy(data, out / "part.h5"), "r+") as f:
-        images = f["images"][:]
-        train = np.random.default_rng(0).permutation(np.flatnonzero(images["split"] == b"train"))
-        images["split"][train[len(train) // times:]] = b"left out"
-        f["images"][:] = images
-    return out / "part.h5"
+NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT))
 
 
 def about(seed):
@@ -89,10 +74,8 @@ def train_ours(args, out):
     "Ours, jointly or in three stages."
     names = tuple(a for a in AUGMENT if args.name != f"no-{a}")
     stages = ("rpn", "box", "mask") if args.name == "stages" else ("joint",)
-    times = PARTS.get(args.name, 1)
-    data, epochs = part_of(args.data, Path(out), times) if times > 1 else args.data, times * args.epochs
-    train(data, out, stages, epochs=dict(rpn=epochs, box=epochs // 2, mask=epochs // 2, joint=epochs), seed=args.seed,
-          augment=names, looks=4, start=None if args.name == "no-scenes" else args.start)
+    epochs = dict(rpn=args.epochs, box=args.epochs // 2, mask=args.epochs // 2, joint=args.epochs)
+    train(args.data, out, stages, epochs=epochs, seed=args.seed, augment=names, looks=4, start=None if args.name == "no-scenes" else args.start)
     return load_model(Path(out) / "model.safetensors")[0]
 
 
@@ -112,7 +95,7 @@ def main():
     dataset = InstanceDataset(args.data, "val")
     metrics = measure(model, dataset) if args.name == "torchvision" else evaluate_model(model, dataset)[0]
     result = dict(command=f"python benchmarks/photos.py {args.name} --epochs {args.epochs} --seed {args.seed}", **about(args.seed), epochs=args.epochs,
-                  images=len(InstanceDataset(args.data, "train")) // PARTS.get(args.name, 1), **spent, **metrics)
+                  images=len(InstanceDataset(args.data, "train")), **spent, **metrics)
     out = Path(args.out) / f"photos_{args.name}_{args.seed}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
