@@ -25,7 +25,7 @@ from tqdm import tqdm
 from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.mask_rcnn import load_model, mask_rcnn
 from maskrcnn_course.training import RECIPES, augmentation, copy_paste, evaluate_model, train
-from scenes_vs_torchvision import cpu_name, measure
+from scenes_vs_torchvision import cpu_name, measure, without_crowds
 
 AUGMENT = ("flip", "colour", "shrink", "crop", "paste")
 NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGMENT))
@@ -37,12 +37,6 @@ def about(seed):
     return dict(commit=commit, seed=seed, machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__))
 
 
-def trainable(batch):
-    "A pasted batch as torchvision takes it: crowds are not trained on."
-    images, targets = copy_paste(*collate(batch))
-    return images, [{k: t[k][t["iscrowd"] == 0] for k in ("boxes", "labels", "masks")} for t in targets]
-
-
 def train_torchvision(args, out):
     "Torchvision's model after as many epochs as ours, with the same optimiser and schedule."
     recipe, lr = RECIPES["laptop"], RECIPES["laptop"]["lr"]["joint"]
@@ -52,8 +46,8 @@ def train_torchvision(args, out):
     model = ours.to_torchvision().train()
     for layer in model.backbone.body.modules():  # torchvision's own recipe freezes batch norm as well
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
-    loader = DataLoader(InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True, collate_fn=trainable,
-                        generator=torch.Generator().manual_seed(args.seed))
+    loader = DataLoader(InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True,
+                        collate_fn=lambda batch: without_crowds(*copy_paste(*collate(batch))), generator=torch.Generator().manual_seed(args.seed))
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
     rates = [lr, lr * recipe["body_lr"]["joint"]]

@@ -68,9 +68,8 @@ def measure(model, dataset):
     return {kind: evaluate(dataset.coco(), results, kind) for kind in ("bbox", "segm")}
 
 
-def trainable_targets(batch):
-    "Targets as torchvision takes them: crowds are not trained on."
-    images, targets = collate(batch)
+def without_crowds(images, targets):
+    "A batch as torchvision takes it: crowds are not trained on."
     return images, [{k: t[k][t["iscrowd"] == 0] for k in ("boxes", "labels", "masks")} for t in targets]
 
 
@@ -94,7 +93,7 @@ def main():
         model.train()
         for layer in model.backbone.body.modules():  # torchvision's own recipe freezes batch norm as well
             if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
-    loader = DataLoader(InstanceDataset(args.data, "train", augmentation()), recipe["batch_size"], shuffle=True, collate_fn=trainable_targets,
+    loader = DataLoader(InstanceDataset(args.data, "train", augmentation()), recipe["batch_size"], shuffle=True, collate_fn=lambda batch: without_crowds(*collate(batch)),
                         generator=torch.Generator().manual_seed(args.seed))
     steps = train_for(model, loader, args.minutes, recipe["lr"]["joint"], recipe["body_lr"]["joint"])
     result = dict(command=f"python benchmarks/scenes_vs_torchvision.py {' '.join(sys.argv[1:])}", side=args.side, minutes=args.minutes,

@@ -274,7 +274,7 @@ class MaskRCNN(nn.Module):
     def refine(self, features:list, detections:tuple, batch:Batch) -> tuple:
         "Detections whose edges are moved towards those of their masks, which are looked for with some room around each box."
         (boxes, labels, scores, valid), weight = detections, self.settings.mask_box_weight
-        center, half = (boxes[..., 2:] + boxes[..., :2]) * 0.5, (boxes[..., 2:] - boxes[..., :2]) * 0.6
+        center, half = (boxes[..., 2:] + boxes[..., :2]) / 2, (boxes[..., 2:] - boxes[..., :2]) / 2 * 1.2  # room of a fifth
         windows = torch.cat([center - half, center + half], -1)
         masks = self.run_mask_head(features, windows, labels, valid, batch).to(boxes).sigmoid()
         found, sure = boxes_from_masks(masks.flatten(0, 1), windows.flatten(0, 1))
