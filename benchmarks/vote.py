@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.mask_rcnn import load_model, mask_rcnn
+from maskrcnn_course.mask_rcnn import PRESETS, load_model
 from maskrcnn_course.training import evaluate_model
 from photos import about
 
@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--out", default="benchmarks/results/photos_vote.json")
     args = parser.parse_args()
     model, _, _ = load_model(Path(args.run) / "model.safetensors")
-    weight = mask_rcnn("photos", pretrained=False).settings.mask_box_weight
+    weight = PRESETS["photos"][1]["mask_box_weight"]
     result = dict(command=f"python benchmarks/vote.py {args.run} {args.data}", **about(None), mask_box_weight=weight)
     for split in ("val", "train"):
         for name, say in (("without", 0.0), ("with", weight)):
