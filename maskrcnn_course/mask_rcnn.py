@@ -69,6 +69,7 @@ class Settings:
     box_hidden:tuple = (1024, 1024)          # units of its fully connected layers
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
     mask_box_weight:float = 0.               # say of the masks in where the boxes end, 0...1; torchvision has no such thing
+    flip_test:bool = False                   # whether to detect in the mirror image as well, and take the mean; nor this
     head_norm:bool = False                   # batch norm after the 3x3 layers of both heads
 
 # %% ../nbs/10_mask_rcnn.ipynb #07442b63
@@ -124,8 +125,8 @@ class MaskRCNN(nn.Module):
     ) -> list|dict:                          # predictions of each image; with targets, the five losses
         "Detections with masks, in the coordinates of the images as they came; or what is wrong with them."
         batch = self.prepare(images, targets, generator)
-        features = self.backbone(batch.images)
-        if targets is not None: return self.losses(features, batch, generator)
+        if targets is not None: return self.losses(self.backbone(batch.images), batch, generator)
+        features = self.extract_features(batch)
         detections = self.detect(features, self.propose(self.run_rpn(features, batch), batch, train=False), batch)
         return self.postprocess(detections, self.mask_logits(features, detections, batch), batch)
 
@@ -187,6 +188,16 @@ class MaskRCNN(nn.Module):
             raise ValueError(f"target {i} has labels {sorted(set(labels.tolist()))}; this model knows 1 to {self.num_classes - 1}")
         return {"iscrowd": torch.zeros_like(labels)} | target
 
+    def extract_features(self, batch:Batch) -> list:
+        "The pyramid to detect in; with `flip_test`, that of the mirror images stands behind it."
+        return self.backbone(torch.cat([batch.images, batch.images.flip(-1)]) if self.settings.flip_test else batch.images)
+
+    def _both_views(self, features, boxes, batch):
+        "Features and boxes of the images, and of their mirror images; nothing if those were not looked at."
+        n, (x1, y1, x2, y2), width = len(boxes), boxes.unbind(-1), batch.images.shape[-1]
+        if len(features[0]) == n: return []
+        return ([f[:n] for f in features], boxes), ([f[n:] for f in features], torch.stack([width - x2, y1, width - x1, y2], -1))
+
     def anchors(self, features:list, batch:Batch) -> list:
         "Anchors of every level."
         return self.anchor_generator(tuple(batch.images.shape[-2:]), features)
@@ -197,7 +208,7 @@ class MaskRCNN(nn.Module):
         batch:Batch,
     ) -> tuple:        # objectness, deltas, anchors, each a list with one tensor per level
         "The RPN's answers, and the anchors they are about. What it learns from, `rpn_losses` asks by itself."
-        return *self.rpn_head(features), self.anchors(features, batch)
+        return *self.rpn_head([f[:len(batch.sizes)] for f in features]), self.anchors(features, batch)
 
     @torch.no_grad()
     def propose(self,
@@ -231,12 +242,19 @@ class MaskRCNN(nn.Module):
         return multiscale_roi_align(features[:-1], rois, size, tuple(batch.images.shape[-2:]), s.sampling_ratio, s.canonical_scale)
 
     def run_box_head(self, features:list, boxes:Tensor, valid:Tensor, batch:Batch) -> tuple:
-        "Class logits [batch, n, classes] and deltas [batch, n, classes, 4] of every box."
+        "Class logits [batch, n, classes] and deltas [batch, n, classes, 4] of every box; of two views the mean."
+        if views := self._both_views(features, boxes, batch):
+            (logits, deltas), (mirrored_logits, mirrored) = (self.run_box_head(f, b, valid, batch) for f, b in views)
+            mirrored = torch.cat([-mirrored[..., :1], mirrored[..., 1:]], -1)  # right is left there
+            return ((logits.softmax(-1) + mirrored_logits.softmax(-1)) / 2).log(), (deltas + mirrored) / 2
         head = lambda rois: self.box_head(self.roi_features(features, rois, self.settings.box_output_size, batch))
         return apply_to_valid(head, valid, _rois(boxes), drop=self._drops_padding(self.box_head))
 
     def run_mask_head(self, features:list, boxes:Tensor, labels:Tensor, valid:Tensor, batch:Batch) -> Tensor:
-        "Mask logits [batch, n, 28, 28] of every box, for the class in `labels` [batch, n]."
+        "Mask logits [batch, n, 28, 28] of every box, for the class in `labels` [batch, n]; of two views the mean."
+        if views := self._both_views(features, boxes, batch):
+            logits, mirrored = (self.run_mask_head(f, b, labels, valid, batch) for f, b in views)
+            return (logits + mirrored.flip(-1)) / 2
         head = lambda rois, labels: self.mask_head(self.roi_features(features, rois, self.settings.mask_output_size, batch), labels)
         return apply_to_valid(head, valid, _rois(boxes), labels, drop=self._drops_padding(self.mask_head))
 
@@ -303,7 +321,7 @@ class MaskRCNN(nn.Module):
     ) -> dict:
         "Every intermediate result of detecting, by name."
         batch = self.prepare(images)
-        features = self.backbone(batch.images)
+        features = self.extract_features(batch)
         rpn = self.run_rpn(features, batch)
         proposals = self.propose(rpn, batch, train=False)
         detections = self.detect(features, proposals, batch)
@@ -320,12 +338,15 @@ _LAPTOP = dict(
     rpn_post_nms_top_n_test=100, rpn_pre_nms_top_n_train=400, rpn_pre_nms_top_n_test=200, rpn_batch_size_per_image=128,
     box_batch_size_per_image=64, box_layers=(128, 128), box_hidden=(512, 512), mask_layers=(128, 128, 128, 128))
 
+_PHOTOS = _LAPTOP | dict(
+    min_size=(384, 480, 576), max_size=768, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
+    rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000, box_batch_size_per_image=128, mask_box_weight=0.65)
+
 PRESETS = {
     "laptop": (lite0_backbone, _LAPTOP),
-    "photos": (lite0_backbone, _LAPTOP | dict(
-        min_size=(384, 480, 576), max_size=768, anchor_sizes=((24,), (48,), (96,), (192,), (384,)), rpn_post_nms_top_n_train=400, rpn_post_nms_top_n_test=300,
-        rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=1000,
-        box_batch_size_per_image=128, mask_box_weight=0.65)),
+    "photos": (lite0_backbone, _PHOTOS),
+    "photos_large": (lite0_backbone, _PHOTOS | dict(
+        min_size=(480, 576, 672, 768), max_size=1024, anchor_sizes=((32,), (64,), (128,), (256,), (512,)), canonical_scale=192., flip_test=True)),
     "standard": (resnet50_backbone, {}),
     "standard_v2": (resnet50_v2_backbone, dict(rpn_conv_depth=2, box_layers=(256, 256, 256, 256), box_hidden=(1024,), head_norm=True)),
     "tiny": (tiny_backbone, dict(
@@ -336,7 +357,7 @@ PRESETS = {
 
 # %% ../nbs/10_mask_rcnn.ipynb #2258750a
 def mask_rcnn(
-    preset:str="laptop",   # "laptop", "photos", "standard", "standard_v2" or "tiny"
+    preset:str="laptop",   # "laptop", "photos", "photos_large", "standard", "standard_v2" or "tiny"
     num_classes:int=4,     # classes with background
     pretrained:bool=True,  # start the body from ImageNet weights
     **settings,            # fields of `Settings` that differ from the preset's
@@ -504,11 +525,11 @@ class _TorchvisionBackbone(Backbone):
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
-    "torchvision's Mask R-CNN with the same weights and settings, in the same mode; its masks have no say in the boxes."
+    "torchvision's Mask R-CNN with the same weights and settings, in the same mode; its masks have no say in the boxes, and it looks into no mirror."
     from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as boxes, rpn, mask_rcnn as masks
     s, given = model.settings, dict(vars(model.settings))
     for name in ("anchor_sizes", "aspect_ratios", "rpn_conv_depth", "canonical_scale", "sampling_ratio", "box_output_size", "mask_output_size",
-                 "box_layers", "box_hidden", "mask_layers", "head_norm", "mask_box_weight"): del given[name]  # parts below; the rest are arguments there
+                 "box_layers", "box_hidden", "mask_layers", "head_norm", "mask_box_weight", "flip_test"): del given[name]  # parts below; the rest are arguments there
     given.update(image_mean=list(s.image_mean), image_std=list(s.image_std))
     channels, norm = model.backbone.out_channels, nn.BatchNorm2d if s.head_norm else None
     levels, scale = [str(i) for i in range(len(s.anchor_sizes) - 1)], int(s.canonical_scale) if s.canonical_scale % 1 == 0 else s.canonical_scale

@@ -79,7 +79,7 @@ def predict(
 ) -> list:               # torchvision's dicts, with masks as booleans [n, 1, height, width]
     "Predictions of at least this score. No mask is made for the others, and each is pasted alone, so that large photos fit."
     batch = model.prepare([_shrink(model, image) for image in images])
-    features = model.backbone(batch.images)
+    features = model.extract_features(batch)
     boxes, labels, scores, valid = model.detect(features, model.propose(model.run_rpn(features, batch), batch, train=False), batch)
     valid = valid & (scores >= threshold)
     masks = model.mask_logits(features, (boxes, labels, scores, valid), batch).sigmoid()

@@ -43,6 +43,7 @@ RECIPES = {  # of each stage its epochs and the learning rate of new layers; ima
     "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=dict(rpn=1.0, joint=1.0)),
 }
 RECIPES["photos"] = RECIPES["laptop"] | dict(lr=RECIPES["laptop"]["lr"] | dict(joint=7e-4), batch_size=4)  # few photos: smaller steps, and more of them
+RECIPES["photos_large"] = RECIPES["photos"]
 RECIPES["standard_v2"] = RECIPES["standard"]
 
 # %% ../nbs/11_training.ipynb #f564b4b9
@@ -336,7 +337,7 @@ def evaluate_model(
     s, results, accuracy, proposals, boxes = model.settings, [], [], [], []
     for images, targets in tqdm(DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate), "evaluate", leave=False, disable=None):
         batch = model.prepare(images, targets)
-        features = model.backbone(batch.images)
+        features = model.extract_features(batch)
         rpn = model.run_rpn(features, batch)
         found = model.propose(rpn, batch, train=False)
         t = batch.targets
@@ -394,7 +395,7 @@ def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
     stages:tuple=("rpn", "box", "mask"), # or ("joint",); stages that these need and that are missing come first
-    preset:str="laptop",                 # "laptop", "photos", "standard", "standard_v2" or "tiny"
+    preset:str="laptop",                 # "laptop", "photos", "photos_large", "standard", "standard_v2" or "tiny"
     epochs:dict|None=None,               # of each stage, where not the preset's
     batch_size:int|None=None,            # images per step; the preset's
     lr:float|None=None,                  # of new layers, in all stages; the preset's

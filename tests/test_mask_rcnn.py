@@ -216,6 +216,7 @@ def test_training_draws_one_of_several_sizes():
 
 
 def test_masks_vote_on_boxes_only_if_asked():
+    torch.manual_seed(0)
     ours, peer = pair(tiny_peer())
     images = [example(70, 90)[0], example(64, 50)[0]]
     for layer in (ours.mask_head.mask_fcn_logits, peer.roi_heads.mask_predictor.mask_fcn_logits): layer.weight.data *= 0
@@ -420,6 +421,23 @@ def test_a_file_from_before_a_setting_detects_as_it_did(tmp_path):
     older = {k: v for k, v in json.loads(about["settings"]).items() if k != "mask_box_weight"}
     save_file(weights, path, about | dict(settings=json.dumps(older)))
     assert (found := load_model(path)[0].settings).mask_box_weight == 0 and found.max_size == 700
+
+
+@pytest.mark.parametrize("votes", [0.0, 0.5])
+def test_the_mirror_image_is_asked_as_well(votes):
+    torch.manual_seed(0)
+    model = loud(mask_rcnn("tiny").double())
+    model.settings = dataclasses.replace(model.settings, mask_box_weight=votes, flip_test=True)
+    images = [example(70, 90)[0], example(64, 50)[0]]
+    with torch.no_grad():
+        both, again = model(images), model(images[1:])
+        model.settings = dataclasses.replace(model.settings, flip_test=False, mask_box_weight=0.0)
+        alone = model(images)
+        assert_same(alone, model.to_torchvision()(images), 3)
+        model.settings = dataclasses.replace(model.settings, flip_test=True)
+        assert_same(alone, model.to_torchvision()(images), 3)  # which looks into no mirror
+    for k, v in both[1].items(): torch.testing.assert_close(again[0][k], v)
+    assert all(len(b["boxes"]) for b in both) and not any(a["scores"].shape == b["scores"].shape and torch.allclose(a["scores"], b["scores"]) for a, b in zip(alone, both))
 
 
 def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
