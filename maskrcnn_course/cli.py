@@ -346,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("train", train_, "data/scenes.h5 --out runs/first --epochs rpn=5 box=8 mask=6")
     add("data", nargs="?", default=SCENES, help="HDF5 file (%(default)s, made first if it is not there)")
     add("--out", help="folder of the run (runs/ and the name of the data)")
-    add("--preset", default="laptop", help="laptop, photos, standard, standard_v2 or tiny (%(default)s)")
+    add("--preset", default="laptop", help="laptop, photos, photos_large, standard, standard_v2 or tiny (%(default)s)")
     add("--stages", nargs="+", default=["rpn", "box", "mask"], metavar="STAGE", help="rpn, box and mask, or joint (all three in turn)")
     add("--epochs", nargs="+", metavar="N", help="one number, or words such as rpn=5 box=8 (the preset's)")
     add("--batch-size", type=int, help="images per step (the preset's)")
