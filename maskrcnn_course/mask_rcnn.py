@@ -208,7 +208,7 @@ class MaskRCNN(nn.Module):
         batch:Batch,
     ) -> tuple:        # objectness, deltas, anchors, each a list with one tensor per level
         "The RPN's answers, and the anchors they are about. What it learns from, `rpn_losses` asks by itself."
-        if self.settings.flip_test: features = [f[:len(batch.sizes)] for f in features]  # it proposes in the first view alone
+        if len(features[0]) > len(batch.sizes): features = [f[:len(batch.sizes)] for f in features]  # it proposes in the first view alone
         return *self.rpn_head(features), self.anchors(features, batch)
 
     @torch.no_grad()
