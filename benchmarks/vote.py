@@ -2,8 +2,8 @@
 
     python benchmarks/vote.py runs/photos data/coco3.h5
 
-Nothing is trained. Both settings in use are the preset's (`mask_box_weight` and `flip_test` of `photos`), chosen on photos split off the training part.
-Without them and with votes alone also on the photos that the model learnt from. `core_seconds`: what an evaluation cost.
+Nothing is trained. The weight in use is the presets' (`mask_box_weight` of `photos` and `photos_large`), chosen on photos split off the training part. Without
+help and with votes alone, the model is also asked about the photos that it learnt from. `core_seconds` is what an evaluation cost. The result is named after the run.
 """
 import argparse
 import json
@@ -21,20 +21,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("data")
-    parser.add_argument("--out", default="benchmarks/results/photos_vote.json")
     args = parser.parse_args()
     model, _, _ = load_model(Path(args.run) / "model.safetensors")
     weight = PRESETS["photos"][1]["mask_box_weight"]
-    variants = {"without": (0.0, False), "with": (weight, False), "mirror": (weight, True)}
+    variants = {"without": dict(mask_box_weight=0.0, flip_test=False), "with": dict(mask_box_weight=weight, flip_test=False), "mirror": dict(mask_box_weight=weight, flip_test=True)}
     result = dict(command=f"python benchmarks/vote.py {args.run} {args.data}", **about(None), mask_box_weight=weight, core_seconds={})
     for row in ("val without", "val with", "val mirror", "train without", "train with"):
         split, name = row.split()
-        model.settings = replace(model.settings, **dict(zip(("mask_box_weight", "flip_test"), variants[name])))
+        model.settings = replace(model.settings, **variants[name])
         before = time.process_time()
         result[row] = metrics = evaluate_model(model, InstanceDataset(args.data, split))[0]
         result["core_seconds"][row] = time.process_time() - before
         print(f"{row}: " + ", ".join(f"{kind} {n} {metrics[kind][n]:.3f}" for kind in ("bbox", "segm") for n in ("AP", "AP50", "AP75")), flush=True)
-    Path(args.out).write_text(json.dumps(result, indent=1))
+    Path(f"benchmarks/results/{Path(args.run).name}_vote.json").write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__": main()

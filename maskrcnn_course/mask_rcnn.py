@@ -69,7 +69,7 @@ class Settings:
     box_hidden:tuple = (1024, 1024)          # units of its fully connected layers
     mask_layers:tuple = (256, 256, 256, 256) # channels of the mask head's layers
     mask_box_weight:float = 0.               # say of the masks in where the boxes end, 0...1; torchvision has no such thing
-    flip_test:bool = False                   # whether to detect in the mirror image as well, and take the mean; nor this
+    flip_test:bool = False                   # whether to detect in the mirror image as well, and take the mean; torchvision has no such thing
     head_norm:bool = False                   # batch norm after the 3x3 layers of both heads
 
 # %% ../nbs/10_mask_rcnn.ipynb #07442b63
@@ -194,8 +194,9 @@ class MaskRCNN(nn.Module):
 
     def _both_views(self, features, boxes, batch):
         "Features and boxes of the images, and of their mirror images; nothing if those were not looked at."
-        n, (x1, y1, x2, y2), width = len(boxes), boxes.unbind(-1), batch.images.shape[-1]
+        n = len(boxes)
         if len(features[0]) == n: return []
+        (x1, y1, x2, y2), width = boxes.unbind(-1), batch.images.shape[-1]
         return ([f[:n] for f in features], boxes), ([f[n:] for f in features], torch.stack([width - x2, y1, width - x1, y2], -1))
 
     def anchors(self, features:list, batch:Batch) -> list:

@@ -13,6 +13,7 @@ import torchvision
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as tv_boxes, mask_rcnn as tv_masks
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
@@ -440,6 +441,17 @@ def test_the_mirror_image_is_asked_as_well(votes):
         assert_same(alone, model.to_torchvision()(images), 3)  # which looks into no mirror
     for k, v in both[1].items(): torch.testing.assert_close(again[0][k], v)
     assert all(len(b["boxes"]) for b in both) and not any(a["scores"].shape == b["scores"].shape and torch.allclose(a["scores"], b["scores"]) for a, b in zip(alone, both))
+
+
+def test_the_mirror_image_has_no_part_in_training():
+    torch.manual_seed(0)
+    model, (image, target) = mask_rcnn("tiny").train(), example(64, 64, dtype=torch.float32)
+    losses = []
+    for flip in (False, True):
+        model.settings = dataclasses.replace(model.settings, flip_test=flip)
+        with FlopCounterMode(display=False) as flops: losses.append(model([image], [target], torch.Generator().manual_seed(0)))
+        losses[-1]["flops"] = torch.tensor(flops.get_total_flops())
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
 
 
 def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
