@@ -12,12 +12,15 @@ from pathlib import Path
 SCENES = "data/scenes.h5"
 
 # %% ../nbs/14_cli.ipynb #638e5e8c
-def _model(run:str | Path) -> tuple:
-    "The model of a run's folder or of a .safetensors file, on the GPU if there is one; its classes and stage."
+def _model(run:str | Path, tta:bool=False) -> tuple:
+    "The model of a run's folder or of a .safetensors file, on the GPU if there is one, with test-time augmentation or as it is; its classes and stage."
     import torch
-    from maskrcnn_course.mask_rcnn import load_model
+    from dataclasses import replace
+    from maskrcnn_course.mask_rcnn import TEST_AUGMENTATION, load_model
     path = Path(run)
-    return load_model(path / "model.safetensors" if path.is_dir() else path, "cuda" if torch.cuda.is_available() else "cpu")
+    model, *about = load_model(path / "model.safetensors" if path.is_dir() else path, "cuda" if torch.cuda.is_available() else "cpu")
+    if tta: model.settings = replace(model.settings, **TEST_AUGMENTATION)
+    return model, *about
 
 # %% ../nbs/14_cli.ipynb #6a2c2ac1
 def _free(path:str | Path, overwrite:bool) -> Path:
@@ -205,7 +208,7 @@ def evaluate_(args:argparse.Namespace) -> None:
     if args.results: metrics = _evaluate_results(dataset, args.results)
     else:
         from maskrcnn_course.training import evaluate_model
-        model, classes, _ = _model(run[0])
+        model, classes, _ = _model(run[0], args.tta)
         if classes != dataset.classes: raise ValueError(f"{run[0]} knows the classes {classes}, but {data} has {dataset.classes}")
         metrics, results = evaluate_model(model, dataset)
         recall = ", ".join(f"{share:.3f} of {k}" for k, share in metrics["rpn"]["recall"].items())
@@ -249,7 +252,7 @@ def predict_(args:argparse.Namespace) -> None:
     places = _places(list(dict.fromkeys(find_photos(args.files))), Path(args.out), args.overwrite)
     if args.json: _free(args.json, args.overwrite)
     videos, done = [file for file in places if file.suffix.lower() in VIDEOS], 0
-    model, classes, _ = _model(args.run)
+    model, classes, _ = _model(args.run, args.tta)
     for file in videos:
         try: print(predict_video(model, file, places.pop(file), classes, args.threshold), flush=True)
         except ValueError as e: print(f"passed over: {e}", file=sys.stderr)
@@ -364,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     add("what", nargs="+", metavar="RUN DATA", help="folder of a run or .safetensors file, and HDF5 file (the one of the run); with --results only the latter")
     add("--results", metavar="JSON", help="COCO results to measure in place of a model")
     add("--split", default="val", help="train or val (%(default)s)")
+    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about eight times as long")
     add("--out", metavar="JSON", help="where to write the model's COCO results")
     add("--overwrite", action="store_true", help="replace a file that exists")
 
@@ -372,6 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     add("files", nargs="+", metavar="FILE", help="photos, folders of photos, videos")
     add("--out", required=True, metavar="FOLDER", help="where to write pictures (.jpg) and videos (.mp4)")
     add("--threshold", type=float, default=0.5, help="least score, 0 to 1 (%(default)s)")
+    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about eight times as long")
     add("--json", help="where to write the COCO results of the photos")
     add("--overwrite", action="store_true", help="replace files that exist")
 

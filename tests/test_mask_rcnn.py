@@ -443,15 +443,43 @@ def test_the_mirror_image_is_asked_as_well(votes):
     assert all(len(b["boxes"]) for b in both) and not any(a["scores"].shape == b["scores"].shape and torch.allclose(a["scores"], b["scores"]) for a, b in zip(alone, both))
 
 
-def test_the_mirror_image_has_no_part_in_training():
+def test_every_size_has_the_same_say():
+    torch.manual_seed(0)
+    model = loud(mask_rcnn("tiny").double())
+    images = [example(70, 90)[0], example(64, 50)[0]]
+    model.settings = dataclasses.replace(model.settings, rpn_pre_nms_top_n_test=100_000)
+    with torch.no_grad():
+        batch, once = model.prepare(images), model(images)
+        alone = model.to_torchvision()
+        model.settings = dataclasses.replace(model.settings, scale_test=(1.0,))
+        for a, b in zip(model(images), once):
+            for k in a: torch.testing.assert_close(a[k], b[k])  # who looks twice at the same size sees the same
+        assert_same(once, model.to_torchvision()(images), 3)
+        assert_same(once, alone(images), 3)
+        model.settings = dataclasses.replace(model.settings, scale_test=(1.5,))
+        features = model.extract_features(batch)
+        boxes, _, valid = model.propose(model.run_rpn(features, batch), batch, train=False)
+        logits, deltas = model.run_box_head(features, boxes, valid, batch)
+        masks = model.run_mask_head(features, boxes, labels := valid.long(), valid, batch)
+        sizes = [tuple(batch.images.shape[-2:]), tuple(4 * side for side in features[5].shape[-2:])]
+        assert sizes == [(64, 64), (96, 96)] and {tuple(f.shape[:1]) for f in features} == {(2,)}
+        views = [(features[:5], boxes, batch), (features[5:], boxes * 1.5, batch._replace(images=torch.zeros(2, 3, *sizes[1])))]
+        small, large = ((*model.run_box_head(f, b, valid, at), model.run_mask_head(f, b, labels, valid, at)) for f, b, at in views)
+    torch.testing.assert_close(logits[valid].exp(), (small[0].softmax(-1) + large[0].softmax(-1))[valid] / 2)
+    torch.testing.assert_close(deltas, (small[1] + large[1]) / 2)
+    torch.testing.assert_close(masks, (small[2] + large[2]) / 2)
+    assert (small[0] - large[0])[valid].abs().max() > 1e-3
+
+
+def test_mirror_and_sizes_have_no_part_in_training():
     torch.manual_seed(0)
     model, (image, target) = mask_rcnn("tiny").train(), example(64, 64, dtype=torch.float32)
     losses = []
-    for flip in (False, True):
-        model.settings = dataclasses.replace(model.settings, flip_test=flip)
+    for settings in ({}, dict(flip_test=True), dict(scale_test=(2.0,))):
+        model.settings = dataclasses.replace(model.settings, **settings)
         with FlopCounterMode(display=False) as flops: losses.append(model([image], [target], torch.Generator().manual_seed(0)))
         losses[-1]["flops"] = torch.tensor(flops.get_total_flops())
-    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
+    for other in losses[1:]: torch.testing.assert_close(other, losses[0], rtol=0, atol=0)
 
 
 def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
