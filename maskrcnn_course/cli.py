@@ -367,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     add("what", nargs="+", metavar="RUN DATA", help="folder of a run or .safetensors file, and HDF5 file (the one of the run); with --results only the latter")
     add("--results", metavar="JSON", help="COCO results to measure in place of a model")
     add("--split", default="val", help="train or val (%(default)s)")
-    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about eight times as long")
+    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about six times as long")
     add("--out", metavar="JSON", help="where to write the model's COCO results")
     add("--overwrite", action="store_true", help="replace a file that exists")
 
@@ -376,7 +376,7 @@ def _parser() -> argparse.ArgumentParser:
     add("files", nargs="+", metavar="FILE", help="photos, folders of photos, videos")
     add("--out", required=True, metavar="FOLDER", help="where to write pictures (.jpg) and videos (.mp4)")
     add("--threshold", type=float, default=0.5, help="least score, 0 to 1 (%(default)s)")
-    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about eight times as long")
+    add("--tta", action="store_true", help="test-time augmentation: look at three sizes of every picture and their mirror images; takes about six times as long")
     add("--json", help="where to write the COCO results of the photos")
     add("--overwrite", action="store_true", help="replace files that exist")
 
