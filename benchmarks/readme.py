@@ -64,17 +64,71 @@ def speed():
              "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
     for machine, measured in machines.items():
         m = json.loads(machine)
-        lines += ["", f"On {m.get('gpu') or str(m['threads']) + ' threads of ' + m['cpu']} (torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}):", "",
-                  "| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|"]
-        for name, r in measured.items():
-            ours, theirs = r["compared"]
-            memory = [r["peak_mb"][ours], r["peak_mb"][theirs]]
-            lines.append(f"| {name} | **{r['ratio']:.2f}** ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f}) | {r['ms'][ours]:,.0f} ms{' compiled' * ('compiled' in ours)} | "
-                         f"{r['ms'][theirs]:,.0f} ms{' compiled' * ('compiled' in theirs)} | {f'{memory[0]:,.0f} / {memory[1]:,.0f} MB' if min(memory) > 1 else ''} |")
+        lines += ["", f"On {m['threads']} threads of {m['cpu']} ({versions(m)}):", "", *HEAD]
+        lines += [comparison(name, r) for name, r in measured.items()]
     return "\n".join([*lines, ""])
 
 
-readme = (ROOT / "README.md").read_text()
-before, rest = readme.split(START)
-(ROOT / "README.md").write_text(before + section() + rest.split(END)[-1])
-(ROOT / "benchmarks/README.md").write_text("# Beside torchvision, pycocotools and faster-coco-eval\n\n" + speed())
+HEAD = ["| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|"]
+
+
+def versions(m): return f"torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}"
+
+
+def comparison(name, r):
+    "A row of a table of comparisons."
+    ours, theirs = r["compared"]
+    memory = [r["peak_mb"][ours], r["peak_mb"][theirs]]
+    def time(side):
+        ms = r["ms"][side]
+        return f"{ms:,.{0 if ms >= 10 else 1}f} ms" + " compiled" * ("compiled" in side)
+    spread = f"**{r['ratio']:.2f}** ({r['quartiles'][0]:.2f} to {r['quartiles'][1]:.2f})"
+    peak = f"{memory[0]:,.0f} / {memory[1]:,.0f} MB" if min(memory) > 1 else ""
+    return f"| {name} | {spread} | {time(ours)} | {time(theirs)} | {peak} |"
+
+
+def gpu(folder=ROOT / "benchmarks/results"):
+    "What `benchmarks/gpu.sh` measured on a GPU: nothing as long as there are no results."
+    def results(part):
+        path = folder / f"gpu_{part}.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+    check, waits, measured = results("check"), results("waits"), results("measure")
+    lines = []
+    if measured.get("cases"):
+        lines += ["`benchmarks/gpu.sh measure` wrote `results/gpu_measure.json`; the same rules as above."]
+        by_machine = {}
+        for name, r in measured["cases"].items(): by_machine.setdefault(json.dumps(r["machine"]), {})[name] = r
+        for machine, rows in by_machine.items():
+            lines += ["", f"On {card(json.loads(machine))}:", "", HEAD[0] + " GPU at work, ours / the other |", HEAD[1] + "---|"]
+            for name, r in rows.items():
+                busy = [f"{r['busy'][side]['gpu_ms'] / r['ms'][side]:.0%}" for side in r["compared"] if "busy" in r]
+                lines.append(f"{comparison(name, r)} {' / '.join(busy)} |")
+    if measured.get("training"):
+        on = card(measured["machine"])
+        lines += ["", f"`maskrcnn-course train` on the scenes, on {on}; validation counts as time:", "",
+                  "| preset | stage | epochs | loss, first and last epoch | images per second |", "|---|---|---|---|---|"]
+        for preset, stages in measured["training"].items():
+            for name, t in stages.items():
+                if name == "AP": continue
+                losses = f"{t['first_loss']:.2f} → {t['last_loss']:.2f}"
+                lines.append(f"| {preset} | {name} | {t['epochs']} | {losses} | {t['images_per_second']:.0f} |")
+    if waits:
+        lines += ["", f"How often Python waits for the GPU, on {card(waits['machine'])}: "
+                  + "; ".join(f"{name} {w['count']}" for name, w in waits["waits"].items()) + "."]
+    if check.get("steps"):
+        states = [f"{name} {step['state']}" for name, step in check["steps"].items()]
+        lines += ["", f"`benchmarks/gpu.sh check` on {card(check['machine'])}: " + "; ".join(states) + "."]
+    return "\n".join(["", "## On a GPU", "", *lines, ""]) if lines else ""
+
+
+def card(m): return f"{m.get('gpu', 'a CPU')} (driver {m.get('driver', '-')}, {versions(m)})"
+
+
+def main():
+    before, rest = (ROOT / "README.md").read_text().split(START)
+    (ROOT / "README.md").write_text(before + section() + rest.split(END)[-1])
+    title = "# Beside torchvision, pycocotools and faster-coco-eval\n\n"
+    (ROOT / "benchmarks/README.md").write_text(title + speed() + gpu())
+
+
+if __name__ == "__main__": main()

@@ -121,7 +121,8 @@ def _nms_kernel():
         x2, y2 = tl.load(boxes + 4 * i + 2, i < n, 0.), tl.load(boxes + 4 * i + 3, i < n, 0.)
         count = tl.load(counts + row)
         kept = (i < count).to(tl.int32)                           # padding comes last
-        for k in range(count):
+        k = 0
+        while k < count:
             alive = tl.gather(kept, i * 0 + k, 0)                 # is box k still there? and who overlaps it?
             kx1, ky1 = tl.load(boxes + 4 * k), tl.load(boxes + 4 * k + 1)
             kx2, ky2 = tl.load(boxes + 4 * k + 2), tl.load(boxes + 4 * k + 3)
@@ -129,8 +130,9 @@ def _nms_kernel():
             overlap = tl.maximum(width, 0.) * tl.maximum(height, 0.)
             union = (x2 - x1) * (y2 - y1) + (kx2 - kx1) * (ky2 - ky1) - overlap
             if boxes.dtype.element_ty == tl.float64: iou = overlap / union
-            else: iou = tl.fdiv(overlap, union, ieee_rounding=True)   # else Triton's division of float32 is approximate
+            else: iou = tl.div_rn(overlap, union)                     # `/` is approximate in float32
             kept = tl.where((alive > 0) & (i > k) & (iou > iou_threshold), 0, kept)
+            k += 1
         tl.store(keep + n * row + i, kept, i < n)
     return triton.jit(inspect.unwrap(kernel))                     # Triton reads its source: no wrapper that checks types
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
-import av, matplotlib, numpy as np, torch
+import matplotlib, numpy as np, torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -203,6 +203,7 @@ def predict_video(
     batch_size:int=4,    # frames at a time
 ) -> Path:
     "Draw what the model finds on every frame: H.264, each frame at its old time, without sound."
+    import av   # large, and only videos need it
     out = Path(out)
     if not Path(source).is_file(): raise FileNotFoundError(f"{source}: there is no such video")
     out.parent.mkdir(parents=True, exist_ok=True)

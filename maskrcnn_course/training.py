@@ -286,7 +286,9 @@ def train_stage(
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in stage.named_parameters() if p.requires_grad and not n.startswith("model.backbone.body.")]
     optimizer = torch.optim.AdamW([dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)], weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr * body_lr], epochs * len(train_batches), pct_start=0.1)
+    steps = epochs * len(train_batches)
+    warm_up = 0.2 if steps == 10 else 0.1   # OneCycleLR divides by its steps of warming up less one, which must not be 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr * body_lr], steps, pct_start=warm_up)
     stage, optimizer = accelerator.prepare(stage, optimizer)
     history, start = [], time.time()
     with tqdm(total=epochs * len(train_batches), desc=name, disable=None) as bar:

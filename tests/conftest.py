@@ -1,4 +1,5 @@
-"Shapes in the signatures are checked while testing; GPU tests need a GPU; real photos are tried where they are."
+"Shapes in signatures are checked while testing; GPU tests need a GPU; real photos are tried where they are."
+import os
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,21 @@ from jaxtyping import install_import_hook
 install_import_hook("maskrcnn_course", "beartype.beartype")
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco3"
+REHEARSAL = bool(os.environ.get("GPU_REHEARSAL"))  # the GPU's tests run on the CPU, to find typing errors
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if "gpu" in item.keywords and not torch.cuda.is_available() and not REHEARSAL:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def gpu():
+    "The device of a test that is marked gpu."
+    if REHEARSAL: return "cpu"
+    torch.backends.cudnn.allow_tf32 = False
+    return "cuda"
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchors
 from torchvision.models.detection.image_list import ImageList
 
+from helpers import never_waits
 from maskrcnn_course.anchors import (BACKGROUND, BETWEEN, AnchorGenerator, assign_targets_to_anchors, balanced_sample,
                                      cell_anchors, grid_anchors, match, pick)
 from maskrcnn_course.boxes import box_iou
@@ -147,15 +148,13 @@ def test_nothing_looks_at_a_number():
 
 
 @pytest.mark.gpu
-def test_targets_and_samples_do_not_wait_for_the_gpu():
-    generator, maps = AnchorGenerator(((8,),), ((1.,),)), [torch.zeros(1, 1, 4, 4, device="cuda")]
+def test_targets_and_samples_do_not_wait_for_the_gpu(gpu):
+    generator, maps = AnchorGenerator(((8,),), ((1.,),)), [torch.zeros(1, 1, 4, 4, device=gpu)]
     generator((32, 32), maps)  # the first time the cells move there
-    boxes, valid = torch.rand(2, 3, 4, device="cuda").cumsum(-1) * 8, torch.ones(2, 3, dtype=torch.bool, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    boxes, valid = torch.rand(2, 3, 4, device=gpu).cumsum(-1) * 8, torch.ones(2, 3, dtype=torch.bool, device=gpu)
+    with never_waits(gpu):
         labels, _ = assign_targets_to_anchors(torch.cat(generator((32, 32), maps)), boxes, valid)
         balanced_sample(labels == 1, labels == 0, 8, .5)
-    finally: torch.cuda.set_sync_debug_mode("default")
     on_cpu, _ = assign_targets_to_anchors(torch.cat(generator((32, 32), maps)).cpu(), boxes.cpu(), valid.cpu())
     assert torch.equal(labels.cpu(), on_cpu)
 

@@ -10,6 +10,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
+from helpers import never_waits
 from maskrcnn_course.box_head import BoxHead, Linear, box_loss, filter_detections, select_training_samples
 
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
@@ -192,18 +193,15 @@ def test_padding_changes_no_detection():
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_and_never_waits():
+def test_gpu_agrees_and_never_waits(gpu):
     case, samples = detections_case(), sampling_case(0)
-    ours = filter_detections(*case)
-    for a, b in zip(ours, filter_detections(*(t.cuda() for t in case))): torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
-    samples = [t.cuda() for t in samples]
-    losses = [t.cuda() for t in loss_case()]
+    here, there = filter_detections(*case), filter_detections(*(t.to(gpu) for t in case))
+    for a, b in zip(here, there): torch.testing.assert_close(a, b.cpu(), rtol=0, atol=1e-9)
+    samples = [t.to(gpu) for t in samples]
+    losses = [t.to(gpu) for t in loss_case()]
     select_training_samples(*samples)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try: out = select_training_samples(*samples)
-    finally: torch.cuda.set_sync_debug_mode("default")
-    assert out[0].is_cuda
+    with never_waits(gpu): out = select_training_samples(*samples)
+    assert out[0].device.type == gpu
     for a, b in zip(box_loss(*losses), box_loss(*loss_case())): torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-12)
 
 

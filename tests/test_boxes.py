@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import tensor
 from torchvision.models.detection._utils import BoxCoder
 
+from helpers import never_waits
 from maskrcnn_course.boxes import (MAX_LOG_SCALE, _nms_kernel, apply_to_valid, batched_nms, box_area, box_iou,
                                    clip_boxes, decode_boxes, encode_boxes, gather_boxes, large_enough, nms, nms_mask)
 
@@ -241,25 +242,40 @@ def test_shapes_and_kinds_that_do_not_fit_are_refused():
 
 
 @pytest.mark.gpu
-def test_the_gpu_keeps_what_the_cpu_keeps():
+def test_the_gpu_keeps_what_the_cpu_keeps(gpu):
     corners = torch.randint(0, 200, (16, 300, 2))
     boxes = torch.cat([corners, corners + torch.randint(1, 80, (16, 300, 2))], -1).float()
     scores, valid = torch.rand(16, 300), torch.rand(16, 300) > .2
     keep = nms_mask(boxes, scores, valid, .5)
-    assert torch.equal(nms_mask(*(t.cuda() for t in (boxes, scores, valid)), .5).cpu(), keep)
-    torch.cuda.set_sync_debug_mode("error")
-    try: nms_mask(*(t.cuda(non_blocking=True) for t in (boxes.pin_memory(), scores.pin_memory(), valid.pin_memory())), .5)
-    finally: torch.cuda.set_sync_debug_mode("default")
-    double = apply_to_valid(lambda t: 2 * t, valid.cuda(), boxes.cuda()).cpu()
+    there = [t.to(gpu) for t in (boxes, scores, valid)]
+    assert torch.equal(nms_mask(*there, .5).cpu(), keep)
+    with never_waits(gpu): nms_mask(*there, .5)
+    double = apply_to_valid(lambda t: 2 * t, valid.to(gpu), boxes.to(gpu)).cpu()
     assert torch.equal(double[valid], 2 * boxes[valid])
 
 
 @pytest.mark.gpu
-def test_encoding_decoding_and_clipping_do_not_wait_for_the_gpu():
-    boxes, sizes = torch.rand(2, 50, 4, device="cuda").cumsum(-1), torch.full((2, 2), 3, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try: clip_boxes(decode_boxes(encode_boxes(boxes, boxes + 1), boxes, (10., 10., 5., 5.)), sizes)
-    finally: torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 31, 1000, 2000, 4000])
+def test_the_kernel_on_the_gpu_keeps_what_torchvision_keeps(gpu, n, dtype):
+    "Rows of all sizes that the model asks about, corners on whole pixels, padding and an empty row among them."
+    if gpu == "cpu": n = min(n, 31)
+    corners = torch.randint(0, 900, (3, n, 2))
+    boxes = torch.cat([corners, corners + torch.randint(1, 300, (3, n, 2))], -1).to(dtype)
+    scores, valid = torch.rand(3, n, dtype=dtype), torch.rand(3, n) > .2
+    valid[2] = False
+    for threshold in (.3, .5, .7):
+        keep = nms_mask(*(t.to(gpu) for t in (boxes, scores, valid)), threshold).cpu()
+        for row in range(3):
+            index = valid[row].nonzero()[:, 0]
+            kept = index[ops.nms(boxes[row, index], scores[row, index], threshold)]
+            assert torch.equal(keep[row].nonzero()[:, 0], kept.sort()[0]), (n, threshold, row)
+
+
+@pytest.mark.gpu
+def test_encoding_decoding_and_clipping_do_not_wait_for_the_gpu(gpu):
+    boxes, sizes = torch.rand(2, 50, 4, device=gpu).cumsum(-1), torch.full((2, 2), 3, device=gpu)
+    with never_waits(gpu): clip_boxes(decode_boxes(encode_boxes(boxes, boxes + 1), boxes, (10., 10., 5., 5.)), sizes)
 
 
 def test_the_largest_step_takes_a_side_of_16_to_1000():

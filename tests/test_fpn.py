@@ -339,7 +339,7 @@ def test_tiny_is_tiny():
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_with_cpu():
+def test_gpu_agrees_with_cpu(gpu):
     torch.manual_seed(0)
     backbone, x = tiny_backbone().double().eval(), torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    for a, b in zip(backbone(x), backbone.cuda()(x.cuda())): torch.testing.assert_close(a, b.cpu())
+    for a, b in zip(backbone(x), backbone.to(gpu)(x.to(gpu))): torch.testing.assert_close(a, b.cpu())

@@ -10,6 +10,7 @@ from torch import nn, tensor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import maskrcnn_loss, paste_masks_in_image, project_masks_on_boxes
 
+from helpers import never_waits
 from maskrcnn_course.mask_head import MaskHead, boxes_from_masks, mask_loss, mask_targets, paste_masks
 
 
@@ -145,18 +146,15 @@ def test_cut_and_pasted_it_is_nearly_the_same_mask():
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_and_never_waits():
+def test_gpu_agrees_and_never_waits(gpu):
     masks, boxes, size = paste_case()
     z, b, gt, labels, _, instance = loss_case()
-    cuda = [t.cuda() for t in (masks, boxes, z, b, gt, labels, instance)]
+    there = [t.to(gpu) for t in (masks, boxes, z, b, gt, labels, instance)]
     def step(masks, boxes, z, b, gt, labels, instance):
         valid = torch.ones_like(instance, dtype=torch.bool)
         return paste_masks(masks, boxes, size), mask_loss(z[torch.arange(len(z)), labels[instance]], mask_targets(gt, b, instance, 28), valid)
-    step(*cuda)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try: ours = step(*cuda)
-    finally: torch.cuda.set_sync_debug_mode("default")
+    step(*there)
+    with never_waits(gpu): ours = step(*there)
     for a, c in zip(ours, step(masks, boxes, z, b, gt, labels, instance)): torch.testing.assert_close(a.cpu(), c, rtol=0, atol=1e-10)
 
 

@@ -103,11 +103,22 @@ def assert_same(mine, theirs, least=5):
 
 
 @pytest.mark.parametrize("kind", PEERS)
-def test_same_answers_losses_and_gradients_as_torchvision(kind):
+def test_same_answers_losses_and_gradients_as_torchvision(kind): same_as_torchvision(kind, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["resnet50_fpn", "resnet50_fpn_v2", "ours: laptop"])
+def test_the_same_on_a_gpu(gpu, kind): same_as_torchvision(kind if gpu == "cuda" else "ours: tiny", gpu)
+
+
+def same_as_torchvision(kind, device):
+    "The same detections, losses, gradients and batch norm, in float64."
     torch.manual_seed(0)
-    ours, peer = pair(PEERS[kind]())
+    ours, peer = (model.to(device) for model in pair(PEERS[kind]()))
     torch.manual_seed(1)
     images, targets = map(list, zip(example(96, 130), example(112, 80), example(60, 64)))
+    images = [image.to(device) for image in images]
+    targets = [{key: value.to(device) for key, value in t.items()} for t in targets]
     with torch.no_grad():
         assert_same(ours(images), peer(images))
         assert_same(ours(images[1:2]), peer(images[1:2]))
@@ -134,11 +145,25 @@ def match(mine, theirs):
     return far.masked_fill(mine["labels"][:, None] != theirs["labels"], 1e9).min(1)
 
 
-@pytest.mark.parametrize("size", [dict(min_size=800, max_size=1333), dict(min_size=300, max_size=400)], ids=["800/1333", "300/400"])
-def test_single_precision_at_real_sizes(size):
+SIZES = {"800/1333": dict(min_size=800, max_size=1333), "300/400": dict(min_size=300, max_size=400),
+         "rehearsal": dict(min_size=160, max_size=224)}
+
+
+@pytest.mark.parametrize("size", ["800/1333", "300/400"])
+def test_single_precision_at_real_sizes(size): same_in_single_precision(size, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", ["800/1333", "300/400"])
+def test_single_precision_at_real_sizes_on_a_gpu(gpu, size):
+    same_in_single_precision(size if gpu == "cuda" else "rehearsal", gpu)
+
+
+def same_in_single_precision(size, device):
+    "The same detections in float64, and but for a few that rounding decides in float32."
     torch.manual_seed(0)
-    ours, peer = pair(Peer(resnet("resnet18"), num_classes=91, **size))
-    images = [example(*size, dtype=torch.float32)[0] for size in ((427, 640), (500, 375), (240, 320))]
+    ours, peer = (model.to(device) for model in pair(Peer(resnet("resnet18"), num_classes=91, **SIZES[size])))
+    images = [example(*s, dtype=torch.float32)[0].to(device) for s in ((427, 640), (500, 375), (240, 320))]
     with torch.no_grad():
         assert_same(ours([images[0].double()]), peer([images[0].double()]), 90)
         for mine, theirs in zip(ours.float()(images), peer.float()(images), strict=True):
@@ -493,16 +518,16 @@ def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["ours: laptop", "resnet50_fpn_v2"])
-def test_the_gpu_gives_the_answers_losses_and_gradients_of_the_cpu(kind):
+def test_the_gpu_gives_the_answers_losses_and_gradients_of_the_cpu(gpu, kind):
     torch.manual_seed(0)
-    ours, _ = pair(PEERS[kind]())
+    ours, _ = pair(PEERS[kind if gpu == "cuda" else "ours: tiny"]())
     images, targets = map(list, zip(example(96, 130), example(112, 80)))
-    there = copy.deepcopy(ours).cuda()
+    there = copy.deepcopy(ours).to(gpu)
     with torch.no_grad():
-        for cpu, gpu in zip(ours(images), there(images)):
-            for key in ("boxes", "scores", "masks"): torch.testing.assert_close(cpu[key], gpu[key].cpu(), rtol=1e-6, atol=1e-6)
-    cpu, gpu = ours.train()(images, targets), there.train()(images, targets)
-    for key in cpu: torch.testing.assert_close(cpu[key], gpu[key].cpu(), rtol=1e-6, atol=1e-8)
-    sum(cpu.values()).backward(), sum(gpu.values()).backward()
+        for a, b in zip(ours(images), there(images)):
+            for key in ("boxes", "scores", "masks"): torch.testing.assert_close(a[key], b[key].cpu(), rtol=1e-6, atol=1e-6)
+    here, far = ours.train()(images, targets), there.train()(images, targets)
+    for key in here: torch.testing.assert_close(here[key], far[key].cpu(), rtol=1e-6, atol=1e-8)
+    sum(here.values()).backward(), sum(far.values()).backward()
     for (name, a), b in zip(ours.named_parameters(), there.parameters()):
         if a.requires_grad: assert (a.grad - b.grad.cpu()).abs().max() <= 1e-6 * a.grad.abs().max() + 1e-9, name

@@ -2,7 +2,6 @@
 import json
 import re
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -16,6 +15,7 @@ from maskrcnn_course.predict import (COLOURS, draw, find_photos, look, metrics_t
 from maskrcnn_course.scenes import make_scene, write_scenes
 from maskrcnn_course.training import evaluate_model
 
+av = pytest.importorskip("av")
 CLASSES = ["vehicle", "person", "animal"]
 
 

@@ -195,13 +195,14 @@ def test_autocast():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [0, 300])
-def test_cuda_gives_the_same(n):
+def test_cuda_gives_the_same(gpu, n):
     g = torch.Generator().manual_seed(0)
     corner = torch.rand(n, 2, generator=g) * 300 - 30
     boxes = torch.cat([torch.randint(2, (n, 1), generator=g), corner, corner + 2 ** (torch.rand(n, 2, generator=g) * 7.5 + 1)], 1).double()
     features = maps((192, 256))
-    cuda = [f.detach().cuda().requires_grad_() for f in features]
-    ours, theirs = multiscale_roi_align(features, boxes, 7, (192, 256)), multiscale_roi_align(cuda, boxes.cuda(), 7, (192, 256))
+    cuda = [f.detach().to(gpu).requires_grad_() for f in features]
+    ours = multiscale_roi_align(features, boxes, 7, (192, 256))
+    theirs = multiscale_roi_align(cuda, boxes.to(gpu), 7, (192, 256))
     torch.testing.assert_close(theirs.cpu(), ours, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad(ours.sum(), features), torch.autograd.grad(theirs.sum(), cuda)):
         torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-9)
@@ -209,10 +210,10 @@ def test_cuda_gives_the_same(n):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_cuda_lower_precision(dtype):
+def test_cuda_lower_precision(gpu, dtype):
     features, boxes = maps((192, 256), dtype=torch.float32), rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192)).float()
-    cuda = [f.detach().cuda().to(dtype).requires_grad_() for f in features]
-    out = multiscale_roi_align(cuda, boxes.cuda(), 7, (192, 256))
+    cuda = [f.detach().to(gpu, dtype).requires_grad_() for f in features]
+    out = multiscale_roi_align(cuda, boxes.to(gpu), 7, (192, 256))
     assert out.dtype == dtype
     torch.testing.assert_close(out.float().cpu(), multiscale_roi_align(features, boxes, 7, (192, 256)), rtol=0, atol=5e-2)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), cuda))

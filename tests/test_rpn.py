@@ -226,17 +226,19 @@ def test_nothing_left_is_no_error():
 
 
 @pytest.mark.gpu
-def test_gpu_agrees_with_cpu():
+def test_gpu_agrees_with_cpu(gpu):
     anchors = levels(dtype=torch.float32)
     o, d = answers(anchors, 3)
     sizes = tensor([[96, 128], [80, 100], [96, 60]])
     boxes, valid = pad([objects(i, 3).float() for i in range(3)])
     here = filter_proposals(o, d, anchors, sizes, 100, 50)
-    there = filter_proposals(*([x.cuda() for x in xs] for xs in (o, d, anchors)), sizes.cuda(), 100, 50)
+    there = filter_proposals(*([x.to(gpu) for x in xs] for xs in (o, d, anchors)), sizes.to(gpu), 100, 50)
     for a, b in zip(here, there): assert_close(a, b.cpu(), atol=1e-3, rtol=1e-4)
     flat = [torch.cat(o, 1), torch.cat(d, 1), torch.cat(anchors), boxes, valid]
-    for a, b in zip(loss_of_sample(*flat, batch_size_per_image=10**5), loss_of_sample(*(x.cuda() for x in flat), batch_size_per_image=10**5)):
-        assert_close(a, b.cpu(), atol=1e-5, rtol=1e-5)
+    here = loss_of_sample(*flat, batch_size_per_image=10**5)
+    there = loss_of_sample(*(x.to(gpu) for x in flat), batch_size_per_image=10**5)
+    for a, b in zip(here, there): assert_close(a, b.cpu(), atol=1e-5, rtol=1e-5)
     head, maps, index = RPNHead(8, 3), [torch.randn(2, 8, h, w) for h, w in ((12, 16), (6, 8))], torch.randint(3 * 240, (2, 64))
-    here, there = answer_at(head, maps, index), answer_at(head.cuda(), [m.cuda() for m in maps], index.cuda())
+    here = answer_at(head, maps, index)
+    there = answer_at(head.to(gpu), [m.to(gpu) for m in maps], index.to(gpu))
     for a, b in zip(here, there): assert_close(a, b.cpu(), atol=1e-5, rtol=1e-4)

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader
 
+from helpers import never_waits
 from maskrcnn_course.data import InstanceDataset, _transform, collate
 from maskrcnn_course.fpn import Backbone, tiny_backbone
 from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, mask_rcnn
@@ -124,12 +125,10 @@ def test_the_question_for_the_features_reaches_them_and_not_the_model():
 
 
 @pytest.mark.gpu
-def test_the_class_of_every_pixel_does_not_wait_for_the_gpu():
-    model = mask_rcnn("tiny").cuda()
+def test_the_class_of_every_pixel_does_not_wait_for_the_gpu(gpu):
+    model = mask_rcnn("tiny").to(gpu)
     batch = model.prepare([torch.rand(3, 64, 64)] * 2, [square([3, 1], (0, 0), (8, 8)), square([])])
-    torch.cuda.set_sync_debug_mode("error")
-    try: classes = class_maps(batch)
-    finally: torch.cuda.set_sync_debug_mode("default")
+    with never_waits(gpu): classes = class_maps(batch)
     assert classes.sum() == 3 * 256 + 256 - 64
 
 
@@ -208,3 +207,11 @@ def test_all_augmentations_at_once(scenes, tmp_path):
 def test_wrong_choices_write_nothing(scenes, tmp_path, wrong, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): train(scenes, tmp_path / "run", preset="tiny", **wrong)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("n, epochs", [(4, 1), (4, 2), (8, 5), (40, 1)])
+def test_few_steps_are_enough_for_a_schedule(tmp_path, n, epochs):
+    "One, two and ten steps: a tenth of ten for warming up would make the schedule divide by zero."
+    write_scenes(tmp_path / "few.h5", n=n + 2, val=2, size=(64, 64), seed=1, instances=(1, 3))
+    history = train(tmp_path / "few.h5", tmp_path / "run", ("rpn",), "tiny", epochs=dict(rpn=epochs), mixed_precision="no")
+    assert len(history) == epochs and all(v == v for v in history[-1]["train"].values())
