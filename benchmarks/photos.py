@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from maskrcnn_course.data import InstanceDataset, collate
-from maskrcnn_course.mask_rcnn import load_model, mask_rcnn
+from maskrcnn_course.mask_rcnn import load_model, build_model
 from maskrcnn_course.training import RECIPES, augmentation, copy_paste, evaluate_model, train
 from scenes_vs_torchvision import cpu_name, measure, without_crowds
 
@@ -41,7 +41,7 @@ def train_torchvision(args, out):
     "Torchvision's model after as many epochs as ours, with the same optimiser and schedule."
     recipe, lr = RECIPES["laptop"], RECIPES["laptop"]["lr"]["joint"]
     torch.manual_seed(args.seed)
-    ours = mask_rcnn("laptop")  # what is frozen in a pretrained body stays frozen
+    ours = build_model("laptop")  # what is frozen in a pretrained body stays frozen
     ours.load_state_dict(load_model(Path(args.start) / "model.safetensors")[0].state_dict())
     model = ours.to_torchvision().train()
     for layer in model.backbone.body.modules():  # torchvision's own recipe freezes batch norm as well

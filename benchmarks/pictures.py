@@ -1,4 +1,4 @@
-"""Draw what trained models find on images that they were not trained on, and what they get wrong, for the README and chapter 15.
+"""Draw what trained models find on images that they were not trained on, and what they get wrong, for the README and chapter 14.
 
     python benchmarks/pictures.py scenes runs/scenes data/scenes.h5
     python benchmarks/pictures.py photos runs/photos data/coco3.h5
@@ -20,9 +20,10 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize, to_p
 from torchvision.utils import make_grid
 
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.evaluation import MISTAKES, classify_mistakes, oracle_ladder, paired_iou
+from maskrcnn_course.errors import MISTAKES, classify_mistakes, oracle_ladder
+from maskrcnn_course.evaluation import paired_iou
 from maskrcnn_course.mask_rcnn import load_model
-from maskrcnn_course.predict import draw, predict
+from maskrcnn_course.prediction import draw, predict
 from maskrcnn_course.training import evaluate_model
 from photos import about
 

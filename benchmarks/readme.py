@@ -50,7 +50,7 @@ def photos():
         values = [[r[kind][number] for r in runs] for kind in ("bbox", "segm") for number in ("AP", "AP50")]
         rows.append(f"| {name} | {len(runs)} | {median(r['core_seconds'] for r in runs) / 60:.0f} | " + " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in values) + " |")
     return "\n".join(["", "The same photos, first weights, augmentation, optimiser, schedule and epochs for both, few enough for many runs (six; in three stages six for the RPN and three for each head: `python benchmarks/photos.py`); mean and spread of the runs, each with its own seed.",
-                      "What each part of the recipe is worth, and where AP is lost: [notebook 15](nbs/15_photos.ipynb).", "",
+                      "What each part of the recipe is worth, and where AP is lost: [notebook 14](nbs/14_photos.ipynb).", "",
                       "| photos | runs | core-minutes | box AP | box AP50 | mask AP | mask AP50 |", "|---|---|---|---|---|---|---|", *rows])
 
 

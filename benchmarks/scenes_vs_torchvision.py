@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.evaluation import evaluate, results_from_predictions
-from maskrcnn_course.mask_rcnn import mask_rcnn
+from maskrcnn_course.mask_rcnn import build_model
 from maskrcnn_course.training import RECIPES, augmentation
 
 
@@ -87,7 +87,7 @@ def main():
         sys.exit(max(process.wait() for process in both))
     recipe = RECIPES["laptop"]
     torch.manual_seed(args.seed)
-    model = mask_rcnn("laptop").train()
+    model = build_model("laptop").train()
     if args.side == "torchvision":
         model = model.to_torchvision()
         model.train()

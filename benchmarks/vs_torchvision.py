@@ -51,7 +51,8 @@ from maskrcnn_course.box_head import select_training_samples
 from maskrcnn_course.data import InstanceDataset, decode_mask
 from maskrcnn_course.evaluation import evaluate
 from maskrcnn_course.mask_head import paste_masks
-from maskrcnn_course.mask_rcnn import MaskRCNN, torchvision_name
+from maskrcnn_course.mask_rcnn import MaskRCNN
+from maskrcnn_course.torchvision_weights import torchvision_name
 from maskrcnn_course.training import has_fast_bfloat16
 
 SIZES = {"300x400": (300, 400), "800x1333": (800, 1333)}
@@ -388,7 +389,7 @@ def importing(device):
 
 def first_prediction(device):
     run = f"; import torch; model.eval().to('{device}'); torch.set_grad_enabled(False); model([torch.rand(3, 300, 400).to('{device}')])"
-    return dict(ours=lambda: start("from maskrcnn_course.mask_rcnn import mask_rcnn; model = mask_rcnn('standard', 91, False)" + run),
+    return dict(ours=lambda: start("from maskrcnn_course.mask_rcnn import build_model; model = build_model('standard', 91, False)" + run),
                 theirs=lambda: start("from torchvision.models import get_model; model = get_model('maskrcnn_resnet50_fpn', weights=None, weights_backbone=None)" + run)), 1
 
 

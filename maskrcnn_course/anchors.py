@@ -62,13 +62,14 @@ BETWEEN, BACKGROUND = -2, -1
 
 # %% ../nbs/03_anchors.ipynb #5ef26702
 def match(
-    iou:Float[Tensor, "*batch boxes n"],  # IoU of ground truth (one row at least, if only padding) with anchors or proposals
+    iou:Float[Tensor, "*batch boxes n"],  # IoU of ground truth with anchors or proposals
     valid:Bool[Tensor, "*batch boxes"],   # false for padding
     high:float,                           # from here on it matches
     low:float,                            # below this it is background
     allow_low_quality:bool=False,         # every box also gets the anchors that overlap it most
 ) -> Int[Tensor, "*batch n"]:
     "Index of the box that each anchor belongs to; -1 for background, -2 for neither (Faster R-CNN, 3.1.2)."
+    if iou.shape[-2] == 0: return iou.new_full((*iou.shape[:-2], iou.shape[-1]), BACKGROUND, dtype=torch.int64)
     iou = iou.masked_fill(~valid[..., None], -1)
     best, box = iou.max(-2)
     matched = torch.where(best < low, BACKGROUND, torch.where(best < high, BETWEEN, box))

@@ -10,22 +10,23 @@ import inspect
 import math
 import torch
 import torchvision
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 # %% ../nbs/02_boxes.ipynb #2306ba56
 def box_area(
-    boxes:Float[Tensor, "*batch n 4"], # x1 y1 x2 y2 in pixels
-) -> Float[Tensor, "*batch n"]:
+    boxes:Real[Tensor, "*batch n 4"], # x1 y1 x2 y2 in pixels
+) -> Real[Tensor, "*batch n"]:
     "Area of every box, in square pixels."
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 # %% ../nbs/02_boxes.ipynb #2d451bc1
 def box_iou(
-    a:Float[Tensor, "*batch n 4"], # boxes, x1 y1 x2 y2 in pixels
-    b:Float[Tensor, "*batch m 4"], # boxes, x1 y1 x2 y2 in pixels
+    a:Real[Tensor, "*batch n 4"], # boxes, x1 y1 x2 y2 in pixels
+    b:Real[Tensor, "*batch m 4"], # boxes, x1 y1 x2 y2 in pixels
 ) -> Float[Tensor, "*batch n m"]:
-    "IoU of every box in `a` with every box in `b`; 0 where either has no area."
+    "IoU of every box in `a` with every box in `b`, in float32 at least; 0 where either has no area."
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # areas overflow 16 bits
     (ax1, ay1, ax2, ay2), (bx1, by1, bx2, by2) = a[..., :, None, :].unbind(-1), b[..., None, :, :].unbind(-1)
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)

@@ -278,7 +278,7 @@ def pad_images(
     sizes = torch.tensor([image.shape[-2:] for image in images])
     height, width = (-(-sizes.amax(0) // size_divisible) * size_divisible).tolist()
     batch = images[0].new_zeros(len(images), height, width, 3).permute(0, 3, 1, 2)  # channels-last
-    for slot, image in zip(batch, images): slot[:, :image.shape[1], :image.shape[2]] = image
+    for i, image in enumerate(images): batch[i, :, :image.shape[1], :image.shape[2]] = image
     return batch, sizes.to(batch.device, non_blocking=True)
 
 # %% ../nbs/00_data.ipynb #fda0b939

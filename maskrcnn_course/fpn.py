@@ -186,7 +186,8 @@ class _DepthwiseConv(torch.autograd.Function):
     @once_differentiable  # second derivatives raise an error: in 16 bits, of copies that autograd does not know, they would be wrong
     def backward(ctx, grad):
         gradients = (_image_gradient, _weight_gradient, lambda x, weight, grad, *_: grad.sum((0, 2, 3)))
-        found = [f(*ctx.saved_tensors, grad, ctx.stride, ctx.padding) if wanted else None for f, wanted in zip(gradients, ctx.needs_input_grad)]
+        kept = ctx.saved_tensors  # asked for once: checkpointing computes it anew each time
+        found = [f(*kept, grad, ctx.stride, ctx.padding) if wanted else None for f, wanted in zip(gradients, ctx.needs_input_grad)]
         return *found, None, None
 
 # %% ../nbs/05_fpn.ipynb #036a8e2e
@@ -216,6 +217,7 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramid(in_channels, out_channels, norm_layer)
         for name, weight in body.named_parameters():
             if name.startswith(tuple(frozen)): weight.requires_grad_(False)
+        self.train()  # frozen batch norm is so from the start
 
     def train(self, mode:bool=True):
         "Sets the mode of everything but the body's frozen batch norm."
@@ -256,15 +258,17 @@ def resnet50_backbone(
     out_channels:int=256,             # channels of the pyramid
     pretrained:bool=True,             # ImageNet weights, from torchvision's hub
     body_norm:type=FrozenBatchNorm2d, # normalisation in the body
+    frozen:tuple|None=None,           # prefixes of weights that are not trained; the stem and layer1 of a pretrained body
     **backbone,                       # further arguments of `Backbone`
 ) -> Backbone:
     "ResNet-50 with frozen batch norm, as in the paper."
+    if frozen is None: frozen = ("conv1", "bn1", "layer1") if pretrained else ()
     weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1 if pretrained else None
     try: model = torchvision.models.resnet50(weights=weights, norm_layer=body_norm)
     except OSError as e:
         raise OSError(f"the ImageNet weights could not be fetched from {weights.url} ({e}); connect to a network, put the file into "
                       f"{torch.hub.get_dir()}/checkpoints, or go on without them: pretrained=False (--no-pretrained)") from e
-    body, frozen = Body(model, ["layer1", "layer2", "layer3", "layer4"]), ("conv1", "bn1", "layer1") if pretrained else ()
+    body = Body(model, ["layer1", "layer2", "layer3", "layer4"])
     return Backbone(body, [256, 512, 1024, 2048], out_channels, frozen=frozen, **backbone)
 
 # %% ../nbs/05_fpn.ipynb #bfff8f4c

@@ -36,6 +36,7 @@ def roi_levels(
 ) -> Int[Tensor, "k"]:
     "Number of the level that serves each box, from 0 (FPN, equation 1)."
     level = canonical_level + torch.log2(box_area(boxes).sqrt() / canonical_scale) + 1e-6
+    level = level.nan_to_num(finest)  # of a box that is reversed or not a number
     return level.floor().clamp(finest, coarsest).long() - finest
 
 # %% ../nbs/06_roi_align.ipynb #7565f639
@@ -43,8 +44,8 @@ def _axis_samples(start, length, bins, ratio, cells):
     "Cells [K, bins, 2 * ratio] and weights that make up each bin along one axis of a map with `cells` [K] cells."
     steps = (torch.arange(bins * ratio, dtype=start.dtype, device=start.device) + 0.5) / (bins * ratio)
     at, last = start[:, None] + steps * length[:, None], (cells - 1)[:, None]
-    inside = (at >= -1) & (at <= cells[:, None])
-    at = torch.minimum(at.clamp(min=0), last.to(at))
+    inside = (at >= -1) & (at <= cells[:, None])  # false where it is not a number
+    at = torch.minimum(at.nan_to_num().clamp(min=0), last.to(at))
     low = at.floor().long()
     high = torch.minimum(low + 1, last)
     part = at - low

@@ -147,6 +147,11 @@ def test_nothing_looks_at_a_number():
     assert labels.shape == positive.shape == negative.shape == (2, 16) and matched.shape == (2, 16, 4)
 
 
+def test_without_a_box_all_is_background():
+    iou, valid = torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.bool)
+    assert torch.equal(match(iou, valid, .7, .3, allow_low_quality=True), torch.full((2, 5), BACKGROUND))
+
+
 @pytest.mark.gpu
 def test_targets_and_samples_do_not_wait_for_the_gpu(gpu):
     generator, maps = AnchorGenerator(((8,),), ((1.,),)), [torch.zeros(1, 1, 4, 4, device=gpu)]

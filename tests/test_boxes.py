@@ -241,6 +241,15 @@ def test_shapes_and_kinds_that_do_not_fit_are_refused():
     with pytest.raises(Exception, match="clip_boxes"): clip_boxes(torch.rand(2, 4), tensor([1., 2.]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
+def test_iou_of_boxes_in_few_bits_or_whole_numbers(dtype):
+    "Areas of large boxes overflow 16 bits, and whole numbers have no fractions."
+    boxes = tensor([[0, 0, 250, 200], [10, 20, 240, 250], [0, 0, 250, 200]])
+    found, expected = box_iou(boxes.to(dtype), boxes.to(dtype)), ops.box_iou(boxes.to(dtype).float(), boxes.to(dtype).float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.gpu
 def test_the_gpu_keeps_what_the_cpu_keeps(gpu):
     corners = torch.randint(0, 200, (16, 300, 2))

@@ -338,6 +338,26 @@ def test_tiny_is_tiny():
     assert tiny_backbone(8).out_channels == 8
 
 
+def test_checkpointing_computes_depthwise_gradients_again():
+    "Non-reentrant checkpointing lets a backward pass ask for what was saved only once."
+    from torch.utils.checkpoint import checkpoint
+    torch.manual_seed(0)
+    backbone, x = lite0_backbone(16, pretrained=False).train(), torch.randn(1, 3, 64, 64)
+    weight = next(p for n, p in backbone.named_parameters() if "conv_dw" in n)
+    gradients = []
+    for run in (backbone, lambda x: checkpoint(backbone, x, use_reentrant=False)):
+        backbone.zero_grad()
+        sum(m.square().mean() for m in run(x)).backward()
+        gradients.append(weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_how_much_of_a_resnet_is_trained_can_be_chosen():
+    for frozen, expected in ((None, True), (("conv1", "bn1"), True), (("conv1", "bn1", "layer1", "layer2"), False)):
+        body = resnet50_backbone(pretrained=False, frozen=frozen).body
+        assert body.layer2[0].conv1._parameters["weight"].requires_grad == expected
+
+
 @pytest.mark.gpu
 def test_gpu_agrees_with_cpu(gpu):
     torch.manual_seed(0)

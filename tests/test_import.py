@@ -13,7 +13,7 @@ from PIL import Image
 
 from maskrcnn_course.cli import main
 from maskrcnn_course.data import InstanceDataset, encode_mask, import_cis680, import_coco, import_mask_folder, pad_targets, write_dataset
-from maskrcnn_course.mask_rcnn import mask_rcnn
+from maskrcnn_course.mask_rcnn import build_model
 from maskrcnn_course.scenes import write_scenes
 from maskrcnn_course.training import train
 
@@ -391,7 +391,7 @@ def test_masks_for_some_are_refused(boxes, tmp_path):
 
 
 def test_the_model_says_what_it_needs_masks_for():
-    model = mask_rcnn("tiny")
+    model = build_model("tiny")
     image, target = torch.rand(3, 64, 64), dict(boxes=torch.tensor([[5., 5, 30, 40]]), labels=torch.tensor([2]))
     batch = model.prepare([image], [target])
     features = model.backbone(batch.images)

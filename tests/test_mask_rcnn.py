@@ -21,7 +21,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from maskrcnn_course.mask_rcnn import MaskRCNN, load_model, mask_rcnn, save_model, torchvision_name
+from maskrcnn_course.mask_rcnn import MaskRCNN, load_model, build_model, save_model
+from maskrcnn_course.torchvision_weights import torchvision_name
 
 EVERYTHING = dict(rpn_batch_size_per_image=10**6, box_batch_size_per_image=10**4, box_positive_fraction=0.5, rpn_pre_nms_top_n_train=100,
                   rpn_post_nms_top_n_train=40, rpn_pre_nms_top_n_test=100, rpn_post_nms_top_n_test=40, box_score_thresh=0.01,
@@ -43,8 +44,8 @@ PEERS = {
                                                         rpn_anchor_generator=anchors(4), **SMALL),
     "mobilenet_v3_large": lambda: Peer(mobilenet("mobilenet_v3_large", trainable_layers=4), rpn_anchor_generator=anchors(3), **SMALL),
     "mobilenet_v2, norm that learns": lambda: Peer(mobilenet("mobilenet_v2", norm_layer=nn.BatchNorm2d), rpn_anchor_generator=anchors(3), **SMALL),
-    "ours: tiny": lambda: mask_rcnn("tiny", **EVERYTHING).to_torchvision(),
-    "ours: laptop": lambda: mask_rcnn("laptop", **EVERYTHING).to_torchvision(),
+    "ours: tiny": lambda: build_model("tiny", **EVERYTHING).to_torchvision(),
+    "ours: laptop": lambda: build_model("laptop", **EVERYTHING).to_torchvision(),
 }
 
 
@@ -176,7 +177,7 @@ def same_in_single_precision(size, device):
 
 
 def test_images_are_resized_to_torchvisions_sizes():
-    model = mask_rcnn("tiny", min_size=800, max_size=1333)
+    model = build_model("tiny", min_size=800, max_size=1333)
     peer = model.to_torchvision().transform.eval()
     for h, w in torch.randint(20, 1500, (200, 2), generator=torch.Generator().manual_seed(0)).tolist():
         theirs = peer([torch.zeros(3, h, w)])[0].image_sizes[0] if h * w < 10**5 else None
@@ -186,7 +187,7 @@ def test_images_are_resized_to_torchvisions_sizes():
 
 def tiny_peer(**kwargs):
     "torchvision's Mask R-CNN on a small body, with other arguments."
-    return Peer(mask_rcnn("tiny").to_torchvision().backbone, **{**dict(min_size=64, max_size=100, rpn_anchor_generator=AnchorGenerator(
+    return Peer(build_model("tiny").to_torchvision().backbone, **{**dict(min_size=64, max_size=100, rpn_anchor_generator=AnchorGenerator(
         ((8, 12),) * 5, ((0.5, 1.0, 1.5, 2.0),) * 5), box_score_thresh=0.01, mask_head=tv_masks.MaskRCNNHeads(16, (32,), 1),
         mask_predictor=tv_masks.MaskRCNNPredictor(32, 32, 4),
         box_predictor=tv_boxes.FastRCNNPredictor(1024, 4)), **kwargs})
@@ -233,7 +234,7 @@ def test_every_setting_comes_along_and_goes_back(name):
 
 
 def test_training_draws_one_of_several_sizes():
-    model = mask_rcnn("tiny", min_size=(32, 48, 64), max_size=200)
+    model = build_model("tiny", min_size=(32, 48, 64), max_size=200)
     image, g = [torch.rand(3, 70, 70)], torch.Generator().manual_seed(0)
     drawn = {model.train().prepare(image, generator=g).sizes[0, 0].item() for _ in range(50)}
     assert drawn == {32, 48, 64}
@@ -344,7 +345,7 @@ def test_coco_weights_that_cannot_be_had_are_explained(tmp_path, monkeypatch):
 def test_random_samples_have_torchvisions_counts_and_shares():
     "Which proposals the heads learn from is left to chance; how many, of which kind, and how often each, is not."
     torch.manual_seed(0)
-    ours, peer = pair(mask_rcnn("tiny", box_batch_size_per_image=20, rpn_post_nms_top_n_train=60).to_torchvision())
+    ours, peer = pair(build_model("tiny", box_batch_size_per_image=20, rpn_post_nms_top_n_train=60).to_torchvision())
     images, targets = map(list, zip(example(64, 64), example(64, 50)))
     draws, batch = 300, ours.train().prepare(images, targets)
     proposals = ours.propose(ours.run_rpn(ours.backbone(batch.images), batch), batch, train=True)
@@ -366,7 +367,7 @@ def test_random_samples_have_torchvisions_counts_and_shares():
 
 def test_mean_losses_of_many_draws_are_torchvisions():
     torch.manual_seed(0)
-    ours, peer = pair(mask_rcnn("tiny").to_torchvision())
+    ours, peer = pair(build_model("tiny").to_torchvision())
     images, targets = map(list, zip(example(64, 64), example(64, 50)))
     targets = [{**t, "boxes": t["boxes"].clone()} for t in targets]
     with torch.no_grad():
@@ -385,7 +386,7 @@ def none(height, width):
 
 
 HARD = {
-    "no object": [], "no area": [[10., 10, 10, 30]], "one pixel": [[20., 20, 21, 21]], "the whole image": [[0., 0, 64, 64]],
+    "no object": [], "one pixel": [[20., 20, 21, 21]], "the whole image": [[0., 0, 64, 64]],
     "500 objects": [[float(i % 50), float(i % 40), i % 50 + 9., i % 40 + 9.] for i in range(500)]}
 
 
@@ -396,21 +397,71 @@ def test_losses_are_finite_whatever_the_objects(kind, others, norm):
     torch.manual_seed(0)
     n, boxes = len(HARD[kind]), torch.tensor(HARD[kind]).reshape(-1, 4)
     target = dict(boxes=boxes, labels=torch.ones(n, dtype=torch.long), masks=torch.ones(n, 64, 64, dtype=torch.uint8)) if n else none(64, 64)
-    model = mask_rcnn("tiny", head_norm=norm)
+    model = build_model("tiny", head_norm=norm)
     losses = model([torch.rand(3, 64, 64) for _ in range(1 + others)], [target, none(64, 64)][:1 + others])
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     assert all(v.isfinite().all() for v in model.state_dict().values())
-    if kind in ("no object", "no area"):
+    if kind == "no object":
         assert losses["loss_mask"] == losses["loss_box_reg"] == losses["loss_rpn_box_reg"] == 0 < losses["loss_objectness"]
     else: assert losses["loss_mask"] > 0 and losses["loss_rpn_box_reg"] > 0
+
+
+WRONG = {"reversed": [[30., 30, 10, 10]], "without width": [[10., 10, 10, 30]], "not a number": [[1., 1, float("nan"), 9]]}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_box_that_is_none_is_refused(kind):
+    "As torchvision refuses it: boxes given as x y w h would else train on nothing, without a word."
+    good = dict(boxes=torch.tensor([[1., 1, 9, 9]]), labels=torch.tensor([1]), masks=torch.ones(1, 64, 64, dtype=torch.uint8))
+    bad = good | dict(boxes=torch.tensor([[1., 1, 9, 9], *WRONG[kind]]), labels=torch.tensor([1, 1]),
+                      masks=torch.ones(2, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="box 1 of target 1 is .* x1 < x2 and y1 < y2"):
+        build_model("tiny")([torch.rand(3, 64, 64)] * 2, [good, bad])
+
+
+@pytest.mark.parametrize("boxes, message", [([[1., 1, 9, 9]], "got list"), (torch.rand(4), r"got \[4\]"),
+                                            (torch.rand(1, 5), r"got \[1, 5\]")])
+def test_boxes_of_another_shape_are_refused(boxes, message):
+    target = dict(boxes=boxes, labels=torch.tensor([1]), masks=torch.ones(1, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="boxes of target 0 must be a tensor of shape .* " + message):
+        build_model("tiny")([torch.rand(3, 64, 64)], [target])
+
+
+def test_what_torchvision_takes_is_taken():
+    "Boolean masks that have to be resized, boxes in whole numbers, and a batch as one tensor."
+    model = build_model("tiny", min_size=96, max_size=96)
+    boxes, masks = torch.tensor([[4, 4, 40, 50]]), torch.zeros(1, 64, 64, dtype=torch.uint8)
+    masks[:, 4:50, 4:40] = 1
+    images, labels = torch.rand(2, 3, 64, 64), torch.tensor([1])
+    plain = [dict(boxes=boxes.float(), labels=labels, masks=masks)] * 2
+    other = [dict(boxes=boxes, labels=labels, masks=masks.bool())] * 2
+    expected, found = (model(x, t, torch.Generator().manual_seed(0)) for x, t in ((list(images), plain), (images, other)))
+    for name in expected: assert torch.equal(expected[name], found[name]), name
+
+
+def test_the_losses_reach_the_images():
+    "Saliency and adversarial examples need the gradient of the losses with respect to the images."
+    torch.manual_seed(0)
+    images, targets = map(list, zip(example(64, 80, dtype=torch.float32), example(70, 64, dtype=torch.float32)))
+    for image in images: image.requires_grad_()
+    sum(build_model("tiny")(images, targets).values()).backward()
+    for image in images: assert image.grad.isfinite().all() and (image.grad != 0).float().mean() > 0.5
+
+
+def test_a_new_model_does_not_move_its_frozen_norms():
+    "Before any call of `train` or `eval`: one step once moved all 48 running statistics."
+    model = build_model("laptop", pretrained=False)
+    before = copy.deepcopy(model.state_dict())
+    model(*map(list, zip(example(64, 80, dtype=torch.float32, n=1))))
+    for name, value in model.state_dict().items(): assert torch.equal(value, before[name]), name
 
 
 def test_no_proposal_above_the_threshold():
     torch.manual_seed(0)
     image, target = example(64, 64, dtype=torch.float32)
-    model = mask_rcnn("tiny", rpn_score_thresh=1.1)
+    model = build_model("tiny", rpn_score_thresh=1.1)
     losses = model([image], [{**target, "boxes": target["boxes"].float()}])  # the objects themselves are proposals in training
     assert all(loss.isfinite() for loss in losses.values()) and losses["loss_classifier"] > 0
     losses = model([image], [none(64, 64)])
@@ -422,7 +473,7 @@ def test_no_proposal_above_the_threshold():
 
 def test_losses_come_in_eval_mode_too():
     torch.manual_seed(0)
-    model = mask_rcnn("tiny", **EVERYTHING).eval()
+    model = build_model("tiny", **EVERYTHING).eval()
     image, target = example(64, 64, dtype=torch.float32)
     target["boxes"] = target["boxes"].float()
     before, losses = copy.deepcopy(model.state_dict()), model([image], [target])
@@ -432,7 +483,7 @@ def test_losses_come_in_eval_mode_too():
 
 
 def test_a_saved_model_is_the_same_and_a_broken_file_is_named(tmp_path):
-    model = mask_rcnn("tiny", num_classes=3, rpn_nms_thresh=0.6)
+    model = build_model("tiny", num_classes=3, rpn_nms_thresh=0.6)
     path = save_model(model, tmp_path / "m.safetensors", ["cat", "dog"], "joint")
     again, classes, stage = load_model(path)
     assert (classes, stage, again.settings) == (["cat", "dog"], "joint", model.settings)
@@ -443,8 +494,8 @@ def test_a_saved_model_is_the_same_and_a_broken_file_is_named(tmp_path):
 
 
 def test_a_file_from_before_a_setting_detects_as_it_did(tmp_path):
-    path = save_model(mask_rcnn("photos", pretrained=False, max_size=700), tmp_path / "m.safetensors", ["vehicle", "person", "animal"], "joint")
-    assert load_model(path)[0].settings.mask_box_weight == mask_rcnn("photos", pretrained=False).settings.mask_box_weight > 0
+    path = save_model(build_model("photos", pretrained=False, max_size=700), tmp_path / "m.safetensors", ["vehicle", "person", "animal"], "joint")
+    assert load_model(path)[0].settings.mask_box_weight == build_model("photos", pretrained=False).settings.mask_box_weight > 0
     with safe_open(path, "pt") as f: about, weights = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
     older = {k: v for k, v in json.loads(about["settings"]).items() if k != "mask_box_weight"}
     save_file(weights, path, about | dict(settings=json.dumps(older)))
@@ -454,7 +505,7 @@ def test_a_file_from_before_a_setting_detects_as_it_did(tmp_path):
 @pytest.mark.parametrize("votes", [0.0, 0.5])
 def test_the_mirror_image_is_asked_as_well(votes):
     torch.manual_seed(0)
-    model = loud(mask_rcnn("tiny").double())
+    model = loud(build_model("tiny").double())
     model.settings = dataclasses.replace(model.settings, mask_box_weight=votes, flip_test=True)
     images = [example(70, 90)[0], example(64, 50)[0]]
     with torch.no_grad():
@@ -470,7 +521,7 @@ def test_the_mirror_image_is_asked_as_well(votes):
 
 def test_every_size_has_the_same_say():
     torch.manual_seed(0)
-    model = loud(mask_rcnn("tiny").double())
+    model = loud(build_model("tiny").double())
     images = [example(70, 90)[0], example(64, 50)[0]]
     model.settings = dataclasses.replace(model.settings, rpn_pre_nms_top_n_test=100_000)
     with torch.no_grad():
@@ -498,7 +549,7 @@ def test_every_size_has_the_same_say():
 
 def test_mirror_and_sizes_have_no_part_in_training():
     torch.manual_seed(0)
-    model, (image, target) = mask_rcnn("tiny").train(), example(64, 64, dtype=torch.float32)
+    model, (image, target) = build_model("tiny").train(), example(64, 64, dtype=torch.float32)
     losses = []
     for settings in ({}, dict(flip_test=True), dict(scale_test=(2.0,))):
         model.settings = dataclasses.replace(model.settings, **settings)
@@ -508,7 +559,7 @@ def test_mirror_and_sizes_have_no_part_in_training():
 
 
 def test_a_model_from_torchvision_is_saved_if_a_preset_can_build_it(tmp_path):
-    ours = MaskRCNN.from_torchvision(mask_rcnn("laptop", 3).to_torchvision())
+    ours = MaskRCNN.from_torchvision(build_model("laptop", 3).to_torchvision())
     again, _, _ = load_model(save_model(ours, tmp_path / "m.safetensors", ["cat", "dog"], "joint"))
     assert again.preset == "laptop" and again.backbone.frozen_norm
     odd = MaskRCNN.from_torchvision(Peer(resnet("resnet18"), 3))

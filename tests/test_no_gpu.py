@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from maskrcnn_course import boxes
-from maskrcnn_course.mask_rcnn import mask_rcnn
+from maskrcnn_course.mask_rcnn import build_model
 
 aten, GPU = torch.ops.aten, torch.device("cuda", 0)
 VALUES = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -130,7 +130,7 @@ def moved(model):
 def model(request):
     torch.manual_seed(0)
     size = dict(min_size=64, max_size=96, rpn_pre_nms_top_n_train=60, rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_train=40, rpn_post_nms_top_n_test=30, box_batch_size_per_image=16)
-    return mask_rcnn(request.param, 4, pretrained=False, **size)
+    return build_model(request.param, 4, pretrained=False, **size)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tvf
 
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.mask_rcnn import mask_rcnn
-from maskrcnn_course.predict import (COLOURS, draw, find_photos, look, metrics_table, predict, predict_images, predict_video, read_photo,
+from maskrcnn_course.mask_rcnn import build_model
+from maskrcnn_course.prediction import (COLOURS, draw, find_photos, look, metrics_table, predict, predict_images, predict_video, read_photo,
                                      write_report, write_results)
 from maskrcnn_course.scenes import make_scene, write_scenes
 from maskrcnn_course.training import evaluate_model
@@ -22,7 +22,7 @@ CLASSES = ["vehicle", "person", "animal"]
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return mask_rcnn("tiny", 4, pretrained=False).eval()
+    return build_model("tiny", 4, pretrained=False).eval()
 
 
 @pytest.fixture(scope="module")

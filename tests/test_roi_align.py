@@ -193,6 +193,17 @@ def test_autocast():
     torch.testing.assert_close(out.float(), multiscale_roi_align(features, boxes, 7, (64, 64)), rtol=0, atol=3e-2)
 
 
+@pytest.mark.parametrize("ratio", [2, -1])
+def test_a_box_that_is_none_disturbs_no_other(ratio):
+    nan = float("nan")
+    third = (nan, 4, 30, 31) if ratio == 2 else (40, 4, 30, 31)  # torchvision's operator cannot count nan samples
+    features, boxes = maps((64, 64)), rois_of((3, 4, 30, 31), (30, 31, 3, 4), third, (9, 9, 60, 50))
+    found = multiscale_roi_align(features, boxes, 7, (64, 64), ratio)
+    assert len(found) == 4
+    torch.testing.assert_close(found[[0, 3]], multiscale_roi_align(features, boxes[[0, 3]], 7, (64, 64), ratio))
+    if ratio == 2: assert found.isfinite().all() and (found[2] == 0).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [0, 300])
 def test_cuda_gives_the_same(gpu, n):

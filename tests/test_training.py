@@ -1,4 +1,6 @@
 "Training: what is frozen does not move, kept results are what was computed, other precisions and worker processes."
+import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,9 +15,9 @@ from torch.utils.data import DataLoader
 from helpers import never_waits
 from maskrcnn_course.data import InstanceDataset, _transform, collate
 from maskrcnn_course.fpn import Backbone, tiny_backbone
-from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, mask_rcnn
+from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, build_model
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.training import FrozenResults, Stage, augmentation, class_maps, copy_paste, train, train_stage
+from maskrcnn_course.training import FrozenResults, Stage, augmentation, class_maps, copy_paste, mean_losses, train, train_stage
 
 ALL = ("flip", "colour", "shrink", "crop", "paste")
 
@@ -43,7 +45,7 @@ def test_only_the_stage_moves_batch_norm_included(scenes, stage, moves):
 @pytest.mark.parametrize("gigabytes", [0.0, 20.0])
 def test_frozen_results_are_what_the_model_says(scenes, gigabytes):
     torch.manual_seed(0)
-    model, loader = mask_rcnn("tiny"), DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate)
+    model, loader = build_model("tiny"), DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate)
     frozen = sorted(FrozenResults(model, loader, gigabytes), key=lambda kept: kept[1][0].sum().item())
     live = []
     with torch.no_grad():
@@ -61,7 +63,7 @@ def test_frozen_results_are_what_the_model_says(scenes, gigabytes):
 
 
 def test_values_too_large_for_8_bits_are_cut(scenes):
-    model = mask_rcnn("tiny")
+    model = build_model("tiny")
     for block in model.backbone.fpn.layer_blocks: block[0].weight.data *= 1e6
     frozen = FrozenResults(model, DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate))
     for features, *_ in frozen:
@@ -71,7 +73,7 @@ def test_values_too_large_for_8_bits_are_cut(scenes):
 @pytest.mark.parametrize("stage", ["box", "mask"])
 def test_a_frozen_stage_learns(scenes, stage):
     torch.manual_seed(0)
-    history = train_stage(mask_rcnn("tiny"), stage, scenes, epochs=20, batch_size=4, lr=1e-2)
+    history = train_stage(build_model("tiny"), stage, scenes, epochs=20, batch_size=4, lr=1e-2)
     first, last = (sum(row["train"].values()) for row in (history[0], history[-1]))
     assert last < 0.95 * first
 
@@ -89,7 +91,7 @@ def test_other_precision_and_workers(scenes, tmp_path):
 
 
 def test_stage_refuses_a_name_that_is_none():
-    with pytest.raises(KeyError): Stage(mask_rcnn("tiny"), "masks")
+    with pytest.raises(KeyError): Stage(build_model("tiny"), "masks")
 
 
 def square(labels, *corners, size=64):
@@ -104,7 +106,7 @@ def test_the_class_of_every_pixel():
     crowd = square([1, 3], (0, 0), (32, 32))
     crowd["iscrowd"][0] = 1
     targets = [square([3, 1], (0, 0), (8, 8)), square([]), crowd, square([2], (40, 8))]
-    classes = class_maps(mask_rcnn("tiny").prepare([torch.rand(3, 64, 64) for _ in targets], targets))
+    classes = class_maps(build_model("tiny").prepare([torch.rand(3, 64, 64) for _ in targets], targets))
     expected = torch.zeros(4, 64, 64, dtype=torch.long)
     expected[0, 8:24, 8:24] = 1
     expected[0, :16, :16] = 3  # where two overlap, the higher number
@@ -115,7 +117,7 @@ def test_the_class_of_every_pixel():
 
 def test_the_question_for_the_features_reaches_them_and_not_the_model():
     torch.manual_seed(0)
-    model = mask_rcnn("tiny")
+    model = build_model("tiny")
     stage, names = Stage(model, "rpn"), set(model.state_dict())
     losses = stage(([torch.rand(3, 64, 64)], [square([2], (8, 8))]), torch.Generator())
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_semantic"} and abs(losses["loss_semantic"].item() - 1.386) < 0.3
@@ -126,7 +128,7 @@ def test_the_question_for_the_features_reaches_them_and_not_the_model():
 
 @pytest.mark.gpu
 def test_the_class_of_every_pixel_does_not_wait_for_the_gpu(gpu):
-    model = mask_rcnn("tiny").to(gpu)
+    model = build_model("tiny").to(gpu)
     batch = model.prepare([torch.rand(3, 64, 64)] * 2, [square([3, 1], (0, 0), (8, 8)), square([])])
     with never_waits(gpu): classes = class_maps(batch)
     assert classes.sum() == 3 * 256 + 256 - 64
@@ -174,7 +176,7 @@ def test_pasting_needs_no_equal_sizes(scenes):
 
 def test_the_joint_stage_asks_about_pixels_too(scenes):
     images, targets = collate([InstanceDataset(scenes, "train")[i] for i in range(2)])
-    model = mask_rcnn("tiny")
+    model = build_model("tiny")
     names = set(model.state_dict())
     losses = Stage(model, "joint").train()((images, targets), torch.Generator().manual_seed(0))
     plain = model(images, targets, torch.Generator().manual_seed(0))
@@ -215,3 +217,16 @@ def test_few_steps_are_enough_for_a_schedule(tmp_path, n, epochs):
     write_scenes(tmp_path / "few.h5", n=n + 2, val=2, size=(64, 64), seed=1, instances=(1, 3))
     history = train(tmp_path / "few.h5", tmp_path / "run", ("rpn",), "tiny", epochs=dict(rpn=epochs), mixed_precision="no")
     assert len(history) == epochs and all(v == v for v in history[-1]["train"].values())
+
+
+def test_validation_moves_no_statistic_and_draws_no_size(scenes):
+    "Batch norm that learns would else learn from validation images, and their size would be left to chance."
+    torch.manual_seed(0)
+    model = with_batch_norm()
+    model.settings = dataclasses.replace(model.settings, min_size=(32, 64))
+    stage = Stage(model, "rpn").train()
+    before = copy.deepcopy(model.state_dict())
+    loader = DataLoader(InstanceDataset(scenes, "val"), 2, collate_fn=collate)
+    first, second = mean_losses(stage, loader), mean_losses(stage, loader)
+    assert first == second and stage.training
+    for name, value in model.state_dict().items(): assert torch.equal(value, before[name]), name
