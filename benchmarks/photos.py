@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.mask_rcnn import load_model, build_model
-from maskrcnn_course.training import RECIPES, augmentation, copy_paste, evaluate_model, train
+from maskrcnn_course.augment import augmentation, copy_paste
+from maskrcnn_course.training import RECIPES, evaluate_model, train
 from scenes_vs_torchvision import cpu_name, measure, without_crowds
 
 AUGMENT = ("flip", "colour", "shrink", "crop", "paste")

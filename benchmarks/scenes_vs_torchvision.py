@@ -25,7 +25,8 @@ from tqdm import tqdm
 from maskrcnn_course.data import InstanceDataset, collate
 from maskrcnn_course.evaluation import evaluate, results_from_predictions
 from maskrcnn_course.mask_rcnn import build_model
-from maskrcnn_course.training import RECIPES, augmentation
+from maskrcnn_course.augment import augmentation
+from maskrcnn_course.training import RECIPES
 
 
 def cpu_name():

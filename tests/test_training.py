@@ -17,7 +17,9 @@ from maskrcnn_course.data import InstanceDataset, _transform, collate
 from maskrcnn_course.fpn import Backbone, tiny_backbone
 from maskrcnn_course.mask_rcnn import PRESETS, MaskRCNN, load_model, build_model
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.training import FrozenResults, Stage, augmentation, class_maps, copy_paste, mean_losses, train, train_stage
+from maskrcnn_course.augment import augmentation, copy_paste
+from maskrcnn_course.features import FeatureCache
+from maskrcnn_course.training import Stage, class_maps, mean_losses, train, train_stage
 
 ALL = ("flip", "colour", "shrink", "crop", "paste")
 
@@ -46,7 +48,7 @@ def test_only_the_stage_moves_batch_norm_included(scenes, stage, moves):
 def test_frozen_results_are_what_the_model_says(scenes, gigabytes):
     torch.manual_seed(0)
     model, loader = build_model("tiny"), DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate)
-    frozen = sorted(FrozenResults(model, loader, gigabytes), key=lambda kept: kept[1][0].sum().item())
+    frozen = sorted(FeatureCache(model, loader, gigabytes), key=lambda kept: kept[1][0].sum().item())
     live = []
     with torch.no_grad():
         for images, targets in loader:
@@ -65,7 +67,7 @@ def test_frozen_results_are_what_the_model_says(scenes, gigabytes):
 def test_values_too_large_for_8_bits_are_cut(scenes):
     model = build_model("tiny")
     for block in model.backbone.fpn.layer_blocks: block[0].weight.data *= 1e6
-    frozen = FrozenResults(model, DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate))
+    frozen = FeatureCache(model, DataLoader(InstanceDataset(scenes, "train"), 4, collate_fn=collate))
     for features, *_ in frozen:
         assert all(f.float().isfinite().all() for f in features) and max(f.float().abs().max() for f in features) == 448
 
