@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "MaskRCNN": "mask_rcnn", "build_model": "mask_rcnn", "load_model": "mask_rcnn", "save_model": "mask_rcnn",
     "train": "training", "evaluate": "evaluation", "predict": "prediction",
-    "InstanceDataset": "data", "import_coco": "data", "import_cis680": "data", "import_mask_folder": "data",
+    "InstanceDataset": "data", "import_coco": "importers", "import_cis680": "importers",
+    "import_mask_folder": "importers",
     "write_scenes": "scenes",
 }
 __all__ = list(_MODULE_OF)

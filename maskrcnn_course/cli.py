@@ -63,7 +63,7 @@ def _written(out:Path) -> None: print(f"{out} is written; look at it with: maskr
 
 def import_coco_(args:argparse.Namespace) -> None:
     "Bring photos with annotations in COCO's format, with masks or with boxes alone, into one HDF5 file."
-    from maskrcnn_course.data import import_coco
+    from maskrcnn_course.importers import import_coco
     out = _free(args.out, args.overwrite)
     annotations, images = {"train": args.train}, {"train": args.images}
     if args.val: annotations["val"], images["val"] = args.val, args.val_images or args.images
@@ -73,14 +73,14 @@ def import_coco_(args:argparse.Namespace) -> None:
 # %% ../nbs/15_cli.ipynb #fb4206d9
 def import_masks_(args:argparse.Namespace) -> None:
     "Bring photos with mask PNGs, each pixel the number of its object, into one HDF5 file."
-    from maskrcnn_course.data import import_mask_folder
+    from maskrcnn_course.importers import import_mask_folder
     out = _free(args.out, args.overwrite)
     import_mask_folder(out, args.images, args.masks, args.classes, args.overwrite)
     _written(out)
 
 def import_cis680_(args:argparse.Namespace) -> None:
     "Bring the four files of the CIS 680 assignment into one HDF5 file."
-    from maskrcnn_course.data import import_cis680
+    from maskrcnn_course.importers import import_cis680
     out = _free(args.out, args.overwrite)
     import_cis680(out, args.folder, args.classes, args.overwrite)
     _written(out)
@@ -88,7 +88,7 @@ def import_cis680_(args:argparse.Namespace) -> None:
 # %% ../nbs/15_cli.ipynb #2eef30b0
 def download(args:argparse.Namespace) -> None:
     "Fetch COCO's annotations and only the photos needed: vehicles, persons and animals at 400x300."
-    from maskrcnn_course.own_data import download_coco3
+    from maskrcnn_course.download import download_coco3
     out = _free(args.out, args.overwrite)
     download_coco3(out, args.train, args.val, args.min_size, args.most, args.redistributable, args.source, args.seed, args.workers, args.overwrite)
     _written(out)
@@ -115,7 +115,7 @@ def _print_report(report:dict, most:int=5) -> None:
 def inspect(args:argparse.Namespace) -> None:
     "Say what is in a data set and what looks wrong; with --out also draw a contact sheet."
     import os
-    from maskrcnn_course.own_data import contact_sheet, inspect_dataset
+    from maskrcnn_course.inspect_data import contact_sheet, inspect_dataset
     if args.out and Path(args.out).suffix.lower() not in (".jpg", ".jpeg", ".png", ".pdf", ".svg"):
         raise ValueError(f"--out {args.out}: give a picture, as in sheet.jpg")
     out = args.out and _free(args.out, args.overwrite)
@@ -198,7 +198,6 @@ def _evaluate_results(dataset, path:str) -> dict:
 # %% ../nbs/15_cli.ipynb #71c5cbca
 def evaluate_(args:argparse.Namespace) -> None:
     "Measure a model, or a file of COCO results, on a data set."
-    import json
     from maskrcnn_course.data import InstanceDataset
     from maskrcnn_course.prediction import metrics_table, write_results
     if args.out: _free(args.out, args.overwrite)

@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
 from .data import InstanceDataset
-from .own_data import COLOURS
+from .inspect_data import COLOURS
 from .boxes import box_iou, clip_boxes, decode_boxes
 from .anchors import assign_targets_to_anchors
 from .mask_head import paste_masks

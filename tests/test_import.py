@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from maskrcnn_course.cli import main
-from maskrcnn_course.data import InstanceDataset, encode_mask, import_cis680, import_coco, import_mask_folder, pad_targets, write_dataset
+from maskrcnn_course.data import InstanceDataset, encode_mask, pad_targets, write_dataset
+from maskrcnn_course.importers import import_cis680, import_coco, import_mask_folder
 from maskrcnn_course.mask_rcnn import build_model
 from maskrcnn_course.scenes import write_scenes
 from maskrcnn_course.training import train

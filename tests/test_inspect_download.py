@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from maskrcnn_course import own_data
+from maskrcnn_course import download
 from maskrcnn_course.cli import main
 from maskrcnn_course.data import InstanceDataset, encode_mask, write_dataset
-from maskrcnn_course.own_data import CLASSES, contact_sheet, download_coco3, inspect_dataset
+from maskrcnn_course.download import CLASSES, download_coco3
+from maskrcnn_course.inspect_data import contact_sheet, inspect_dataset
 
 LICENSES = [dict(id=i, name=name, url=f"http://{url}") for i, name, url in (
     (1, "Attribution-NonCommercial-ShareAlike License", "creativecommons.org/licenses/by-nc-sa/2.0/"), (4, "Attribution License", "creativecommons.org/licenses/by/2.0/"),
@@ -104,7 +105,7 @@ def content():
 
 @pytest.fixture
 def server(content, monkeypatch):
-    monkeypatch.setattr(own_data, "RETRIES", dict(total=3, backoff_factor=0))
+    monkeypatch.setattr(download, "RETRIES", dict(total=3, backoff_factor=0))
     server = Server(("127.0.0.1", 0), Handler)
     server.files, server.plan, server.always, server.asked, server.lock = dict(content[1]), {}, {}, [], threading.Lock()
     server.url = f"http://127.0.0.1:{server.server_port}"
