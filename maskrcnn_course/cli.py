@@ -114,7 +114,7 @@ def _print_report(report:dict, most:int=5) -> None:
 # %% ../nbs/15_cli.ipynb #bdaad760
 def inspect(args:argparse.Namespace) -> None:
     "Say what is in a data set and what looks wrong; with --out also draw a contact sheet."
-    import os
+    from maskrcnn_course.data import atomic_write
     from maskrcnn_course.inspect_data import contact_sheet, inspect_dataset
     if args.out and Path(args.out).suffix.lower() not in (".jpg", ".jpeg", ".png", ".pdf", ".svg"):
         raise ValueError(f"--out {args.out}: give a picture, as in sheet.jpg")
@@ -122,10 +122,8 @@ def inspect(args:argparse.Namespace) -> None:
     report = inspect_dataset(args.data)
     _print_report(report)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
-        contact_sheet(args.data, report["findings"]).savefig(part, format=out.suffix[1:].lower())
-        os.replace(part, out)
+        sheet = contact_sheet(args.data, report["findings"])
+        with atomic_write(out) as part: sheet.savefig(part, format=out.suffix[1:].lower())
         print(f"{out} is drawn")
 
 # %% ../nbs/15_cli.ipynb #1066341a
@@ -230,16 +228,14 @@ def _places(files:list, out:Path, overwrite:bool) -> dict:
 # %% ../nbs/15_cli.ipynb #f2ebc239
 def _predict_photos(model, classes:list, places:dict, threshold:float) -> list:
     "Write a picture of each photo; returns the COCO results, image_id counting the photos from 1."
-    import os
     from torchvision.transforms.v2.functional import to_pil_image
+    from maskrcnn_course.data import atomic_write
     from maskrcnn_course.evaluation import results_from_predictions
     from maskrcnn_course.prediction import draw, predict_images
     results, number = [], {file: i for i, file in enumerate(places, 1)}
     for file, image, prediction in predict_images(model, places, threshold=threshold):
-        part = places[file].with_name(places[file].name + ".part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(draw(image, prediction, classes, threshold)).save(part, "JPEG", quality=92)
-        os.replace(part, places[file])
+        picture = to_pil_image(draw(image, prediction, classes, threshold))
+        with atomic_write(places[file]) as part: picture.save(part, "JPEG", quality=92)
         results += [row | dict(file_name=str(file)) for row in results_from_predictions([prediction], [number[file]])]
         print(f"{places[file]}: {len(prediction['labels'])} found", flush=True)
     return results

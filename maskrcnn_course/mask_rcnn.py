@@ -5,7 +5,6 @@ __all__ = ['PRESETS', 'TEST_AUGMENTATION', 'Settings', 'Batch', 'Samples', 'Mask
 
 # %% ../nbs/10_mask_rcnn.ipynb #826c33a8
 import json
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
-from .data import pad_images, pad_targets
+from .data import atomic_write, pad_images, pad_targets
 from .boxes import apply_to_valid, clip_boxes, gather_boxes
 from .anchors import AnchorGenerator
 from .rpn import RPNHead, answer_at, filter_proposals, rpn_loss, select_training_anchors
@@ -437,11 +436,8 @@ def save_model(
     path = Path(path)
     about = dict(preset=getattr(model, "preset", None) or _preset_of(model), classes=json.dumps(list(classes)), stage=stage, settings=json.dumps(vars(model.settings)),
                  norm_eps=json.dumps([m.eps for m in model.backbone.body.modules() if isinstance(m, FrozenBatchNorm2d)]))
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(weights, part, about)
-    os.replace(part, path)
+    with atomic_write(path) as part: save_file(weights, part, about)
     return path
 
 # %% ../nbs/10_mask_rcnn.ipynb #96196456

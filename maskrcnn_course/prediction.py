@@ -5,7 +5,7 @@ __all__ = ['PHOTOS', 'VIDEOS', 'GREEN', 'RED', 'BLUE', 'GREY', 'read_photo', 'fi
            'look', 'write_results', 'predict_video', 'metrics_table', 'write_report']
 
 # %% ../nbs/13_predict.ipynb #c9e73033
-import html, json, os, string, sys
+import html, json, string, sys
 from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from tqdm import tqdm
-from .data import InstanceDataset
+from .data import InstanceDataset, atomic_write
 from .inspect_data import COLOURS
 from .boxes import box_iou, clip_boxes, decode_boxes
 from .anchors import assign_targets_to_anchors
@@ -191,12 +191,9 @@ def write_results(
     results:list | dict,
 ) -> Path:
     "Write COCO results, or anything else that JSON holds; nan, which JSON does not know, becomes null."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(json.loads(json.dumps(results), parse_constant=lambda _: None)))
-    os.replace(part, path)
-    return path
+    text = json.dumps(json.loads(json.dumps(results), parse_constant=lambda _: None))
+    with atomic_write(path) as part: part.write_text(text)
+    return Path(path)
 
 # %% ../nbs/13_predict.ipynb #8e9172ac
 def _frames(container) -> Iterator[tuple]:
@@ -218,10 +215,9 @@ def predict_video(
     import av   # large, and only videos need it
     out = Path(out)
     if not Path(source).is_file(): raise FileNotFoundError(f"{source}: there is no such video")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
     try:
-        with av.open(str(source)) as container, av.open(str(part), "w", format="mp4") as new:
+        with (atomic_write(out) as part, av.open(str(source)) as container,
+              av.open(str(part), "w", format="mp4") as new):
             if not container.streams.video: raise ValueError(f"{source}: there is no picture in this file, only sound")
             video, stream = container.streams.video[0], None
             frames = tqdm(_frames(container), Path(source).name, video.frames or None, leave=False, disable=None)
@@ -230,14 +226,13 @@ def predict_video(
                     stream = new.add_stream("libx264", rate=video.average_rate, options={"crf": "20"})
                     stream.width, stream.height, stream.pix_fmt = image.shape[2], image.shape[1], "yuv420p"
                     stream.codec_context.time_base = video.time_base
-                frame = av.VideoFrame.from_ndarray(draw(image, prediction, classes, threshold).permute(1, 2, 0).contiguous().numpy())
+                drawn = draw(image, prediction, classes, threshold).permute(1, 2, 0).contiguous()
+                frame = av.VideoFrame.from_ndarray(drawn.numpy())
                 frame.pts, frame.time_base = pts, time_base
                 new.mux(stream.encode(frame))
             if stream is None: raise ValueError(f"{source}: the video has no frame")
             new.mux(stream.encode())
-        os.replace(part, out)
     except av.FFmpegError as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
-    finally: part.unlink(missing_ok=True)
     return out
 
 # %% ../nbs/13_predict.ipynb #aada97d1
@@ -360,7 +355,5 @@ def write_report(
         precision=_table(metrics_table(metrics)), recall=_table([["", *recall], ["recall", *recall.values()]]),
         keys="".join(f'<span class="key"><i style="background:{c}"></i>{html.escape(k)}</span>' for k, c in keys), stories="".join(stories),
         settings=_table({**settings, **metrics.get("machine", {})}.items()), numbers=_table(asdict(s).items()))
-    part = out / "report.html.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, out / "report.html")
+    with atomic_write(out / "report.html") as part: part.write_text(page, encoding="utf-8")
     return out / "report.html"

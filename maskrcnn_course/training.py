@@ -6,7 +6,6 @@ __all__ = ['STAGES', 'NEEDS', 'RECIPES', 'class_maps', 'semantic_loss', 'Stage',
 
 # %% ../nbs/12_training.ipynb #d5464fbc
 import json
-import os
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from .data import InstanceDataset, collate
+from .data import InstanceDataset, atomic_write, collate
 from .augment import AUGMENT, augmentation, data_loader
 from .features import cache_features
 from .anchors import assign_targets_to_anchors
@@ -265,9 +264,7 @@ def _start(name, out, preset, dataset, pretrained, seed, start=None):
 # %% ../nbs/12_training.ipynb #a6113a6a
 def _write_json(path, value):
     "Replace a JSON file in one step."
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1))
-    os.replace(part, path)
+    with atomic_write(path) as part: part.write_text(json.dumps(value, indent=1))
 
 # %% ../nbs/12_training.ipynb #04752a12
 def train(

@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_a_model_that_works(run, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "stopped" in err
     assert load_model(tmp_path / "run/model.safetensors")[2] == "rpn"
-    assert not list(tmp_path.rglob("*.part"))
+    assert not [*tmp_path.rglob("*.part"), *tmp_path.rglob(".*.tmp")]
 
 
 def test_augmentation_looks_and_start(run, capsys, tmp_path):

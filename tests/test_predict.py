@@ -257,7 +257,7 @@ def report(model, tmp_path_factory):
 def test_the_report_needs_no_other_file_and_is_escaped(report):
     folder, path, metrics, _ = report
     page = path.read_text(encoding="utf-8")
-    assert path == folder / "report.html" and not list(folder.glob("*.part"))
+    assert path == folder / "report.html" and not list(folder.glob(".*.tmp"))
     assert not re.search(r'(src|href)="(?!data:|#)|url\((?!data:|#)|@import|<script|<b>/', page.replace('xlink:href="#', 'href="#'))
     assert page.count("<figure>") == 3 * 6 and page.count("data:image/jpeg") == 3 * 3 and "run &lt;b&gt;" in page
     assert f"{metrics['rpn']['accuracy']:.3f}" in page and "rpn: objectness" in page
