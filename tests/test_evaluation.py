@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from maskrcnn_course import evaluation
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.evaluation import (average_precision, evaluate, paired_iou, proposal_recall,
+from maskrcnn_course.evaluation import (evaluate, paired_iou, proposal_recall,
                                         results_from_predictions, rpn_accuracy)
 from maskrcnn_course.scenes import write_scenes
 

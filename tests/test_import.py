@@ -3,7 +3,6 @@ import io
 import json
 import os
 import pickle
-from pathlib import Path
 
 import h5py
 import numpy as np

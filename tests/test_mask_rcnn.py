@@ -353,7 +353,7 @@ def test_random_samples_have_torchvisions_counts_and_shares():
     truth = [dict(boxes=b[v], labels=l[v], masks=None) for b, l, v in zip(*(batch.targets[k] for k in ("boxes", "labels", "valid")))]
     for i in range(2):
         places = torch.cat([boxes[i], truth[i]["boxes"]])
-        often, shares = torch.zeros(2, len(places)), []
+        often = torch.zeros(2, len(places))
         for _ in range(draws):
             mine = ours.select_samples(proposals, batch)
             theirs, _, labels, _ = peer.roi_heads.select_training_samples(boxes, truth)
