@@ -167,7 +167,8 @@ def train_(args:argparse.Namespace) -> None:
     "Train the stages one after the other, evaluate, and write a report."
     import time
     from maskrcnn_course.data import InstanceDataset
-    from maskrcnn_course.prediction import metrics_table, write_report, write_results
+    from maskrcnn_course.prediction import write_results
+    from maskrcnn_course.report import metrics_table, write_report
     from maskrcnn_course.training import evaluate_model, train
     data, start = Path(args.data), time.time()
     if args.data == SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
@@ -197,7 +198,8 @@ def _evaluate_results(dataset, path:str) -> dict:
 def evaluate_(args:argparse.Namespace) -> None:
     "Measure a model, or a file of COCO results, on a data set."
     from maskrcnn_course.data import InstanceDataset
-    from maskrcnn_course.prediction import metrics_table, write_results
+    from maskrcnn_course.prediction import write_results
+    from maskrcnn_course.report import metrics_table
     if args.out: _free(args.out, args.overwrite)
     *run, data = args.what if args.results or len(args.what) > 1 else [args.what[0], _data_of(args.what[0])]
     if len(run) != (not args.results): raise ValueError("give RUN and DATA, or --results RESULTS.json and DATA")
