@@ -308,8 +308,11 @@ def about():
     "Machine, versions and commit that the results belong to."
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from vs_torchvision import machine
-    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return machine() | {"commit": asked.stdout.strip() or "not known", "date": time.strftime("%Y-%m-%d")}
+    try:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError: commit = ""
+    return machine() | {"commit": commit or "not known", "date": time.strftime("%Y-%m-%d")}
 
 
 def where(args):

@@ -225,6 +225,16 @@ def test_nothing_left_is_no_error():
     assert not valid.any() and (boxes == 0).all() and (scores == 0).all()
 
 
+def test_what_is_no_number_is_dropped_and_an_infinite_logit_is_sure():
+    anchors = levels(dtype=torch.float32)
+    o, d = answers(anchors, 1)
+    o[0][0, 3], o[0][0, 4], d[0][0, 5] = float("nan"), float("inf"), float("nan")
+    o[0][0, 5] = 99.0
+    boxes, scores, valid = filter_proposals(o, d, anchors, tensor([[96, 128]]), 100, 50)
+    assert boxes.isfinite().all() and scores.isfinite().all() and valid.sum() > 10
+    assert scores[0, 0] == 1 and (scores[0] == 1).sum() == 1  # the infinite logit alone; 99 went with its box
+
+
 @pytest.mark.gpu
 def test_gpu_agrees_with_cpu(gpu):
     anchors = levels(dtype=torch.float32)
