@@ -6,6 +6,7 @@ __all__ = ['roi_align_by_kernel']
 # %% ../nbs/11b_kernels.ipynb #9622beb3
 import functools
 import inspect
+import math
 
 import torch
 from torch import Tensor
@@ -87,9 +88,8 @@ def roi_align_by_kernel(
     canonical_scale:float=224.,  # a box with sides of this many pixels belongs to level 4
 ) -> Float[Tensor, "k c bins bins"]:
     "`multiscale_roi_align` with two samples a side of a bin, by a Triton kernel; channels must be a power of 2."
-    strides = [image_size[0] // f.shape[-2] for f in features]
-    table = [[i, s, *f.shape[-2:]] for i, (f, s) in enumerate(zip(features, strides))]
-    finest, coarsest = strides[0].bit_length() - 1, strides[-1].bit_length() - 1
-    level = roi_levels(rois[:, 1:], finest, coarsest, canonical_scale)
+    powers = [round(math.log2(image_size[0] / f.shape[-2])) for f in features]
+    table = [[i, 2 ** k, *f.shape[-2:]] for i, (f, k) in enumerate(zip(features, powers))]
+    level = roi_levels(rois[:, 1:], powers[0], powers[-1], canonical_scale)
     about = torch.tensor(table, dtype=torch.int32).to(rois.device, non_blocking=True)[level]
     return _RoIAlignByKernel.apply(rois.float().contiguous(), about, output_size, *features)

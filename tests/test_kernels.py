@@ -24,10 +24,13 @@ for bins in (1, 3):
 """
 
 
+SIZE = 100, 160  # no multiple of 8: maps of 25, 13, 7 and 4 rows
+
+
 def problem(n, device, channels=16, dtype=torch.float32):
-    "Four maps of two images of 96 x 160, and n boxes of all sizes, some of them over the edge."
+    "Four maps of two images, and n boxes of all sizes, some of them over the edge."
     g = torch.Generator().manual_seed(n)
-    maps = [torch.randn(2, channels, 96 // s, 160 // s, generator=g) for s in (4, 8, 16, 32)]
+    maps = [torch.randn(2, channels, *(-(-side // s) for side in SIZE), generator=g) for s in (4, 8, 16, 32)]
     corner = torch.rand(n, 2, generator=g) * 120 - 20
     size = 2 ** (torch.rand(n, 2, generator=g) * 7)
     image = torch.randint(2, (n, 1), generator=g)
@@ -36,7 +39,7 @@ def problem(n, device, channels=16, dtype=torch.float32):
 
 
 def with_gradients(align, maps, rois, bins=7):
-    out = align(maps, rois, bins, (96, 160), canonical_scale=60.)
+    out = align(maps, rois, bins, SIZE, canonical_scale=60.)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out.detach(), *torch.autograd.grad(out, maps, upstream)
 
