@@ -157,6 +157,7 @@ def test_single_precision_at_real_sizes(size): same_in_single_precision(size, "c
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", ["800/1333", "300/400"])
 def test_single_precision_at_real_sizes_on_a_gpu(gpu, size):
+    if gpu == "cpu" and size != "300/400": pytest.skip("one size is enough for a rehearsal")
     same_in_single_precision(size if gpu == "cuda" else "rehearsal", gpu)
 
 
