@@ -103,7 +103,7 @@ def step(report, name, command, end, env, most=10**6):
 # ---- check
 
 def notebooks():
-    "Every notebook by its name, those with cells for a GPU first, of these the last first; whether it has any."
+    "Every notebook by its name and whether it has cells for a GPU; these come first."
     paths = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"), reverse=True)  # the chapter on speed takes longest
     found = {path.stem: "#| gpu" in path.read_text(encoding="utf-8") for path in paths}
     return dict(sorted(found.items(), key=lambda item: not item[1]))
@@ -127,7 +127,8 @@ def check(args):
         call = f"nbdev_test('nbs/{name}.ipynb', flags='gpu', n_workers=0, do_print=True)"
         commands[f"notebook {name}"] = [sys.executable, "-c", f"from nbdev.test import nbdev_test; {call}"]
     with ThreadPoolExecutor(at_once) as pool:
-        for name, command in commands.items(): pool.submit(step, report, name, command, start + args.seconds, env)
+        for name, command in commands.items():
+            pool.submit(step, report, name, command, start + args.seconds, env)
     return report.close(commands, start)
 
 
@@ -145,7 +146,7 @@ def told_waits(device):
 
 
 def waits(args):
-    "Count in a training step and in inference, of ours and of torchvision's, how often Python waits for the GPU."
+    "Count how often Python waits for the GPU, in a training step and in inference, ours and torchvision's."
     import torch
     from vs_torchvision import inference, train_step
     device, size = where(args)
@@ -229,7 +230,7 @@ def busy(function):
 
 
 def speed(args):
-    "Measure every case that the results do not have yet, until the time is up, and write each when it is done."
+    "Measure the cases that the results do not have yet, until the time is up; write each when it is done."
     from vs_torchvision import line, machine, versus
     (device, size), file, end = where(args), Path(args.file), time.time() + args.seconds
     how = ("96x128", "eager", 1) if args.rehearse else ("300x400", "inductor", 16)
@@ -285,7 +286,8 @@ def measure(args):
         state = "failed"
         while state == "failed" and until - time.time() > 20:
             before = len(report.read().get("tried", []))
-            state = step(report, "speed and memory", [*me, "--seconds", str(until - time.time() - 25)], until, env)
+            state = step(report, "speed and memory",
+                         [*me, "--seconds", str(until - time.time() - 25)], until, env)
             if state == "stopped": forget_the_last()
             if len(report.read().get("tried", [])) == before: break
     def forget_the_last():
@@ -302,7 +304,8 @@ def measure(args):
         step(report, "scenes", [*CLI, "scenes", str(scenes), "--n", str(n)], end, env)
         workers = ["--workers", "0" if args.rehearse else str(max(0, min(12, os.cpu_count() - 2)))]
         laptop = ["--preset", "tiny" if args.rehearse else "laptop"]
-        standard = ["--preset", "tiny" if args.rehearse else "standard", "--no-pretrained", "--stages", "joint",
+        standard = ["--preset", "tiny" if args.rehearse else "standard",
+                    "--no-pretrained", "--stages", "joint",
                     "--epochs", "joint=2" if args.rehearse else "joint=20", "--mixed-precision", "bf16"]
         for name, options, most in (("laptop", laptop, 100), ("standard", standard, 120)):
             command = [*CLI, "train", str(scenes), "--out", str(folder / name), *options, *workers]
@@ -311,8 +314,10 @@ def measure(args):
                 known = report.read()
                 write(report.file, known | {"training": known.get("training", {}) | {name: found}})
                 print(json.dumps(found), flush=True)
-                falls = all(f["last_loss"] < f["first_loss"] for f in found.values() if f.get("epochs", 0) > 1)
-                if state == "stopped" and falls: report.steps[f"train {name}"] = "passed"  # by the clock, as meant
+                falls = all(f["last_loss"] < f["first_loss"]
+                            for f in found.values() if f.get("epochs", 0) > 1)
+                if state == "stopped" and falls:  # by the clock, as meant
+                    report.steps[f"train {name}"] = "passed"
                 if not falls: report.steps[f"train {name}"] = "failed"
         cases(end)
     known = report.read()
@@ -345,7 +350,8 @@ def where(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["check", "measure", "waits", "speed"],
                         help="check or measure; the others are steps of these")
     parser.add_argument("file", nargs="?", help="the results file, for a step")

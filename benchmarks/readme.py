@@ -69,7 +69,8 @@ def speed():
     return "\n".join([*lines, ""])
 
 
-HEAD = ["| case | times as fast | ours | the other | peak memory, ours / the other |", "|---|---|---|---|---|"]
+HEAD = ["| case | times as fast | ours | the other | peak memory, ours / the other |",
+        "|---|---|---|---|---|"]
 
 
 def versions(m): return f"torch {m['torch'].split('+')[0]}, torchvision {m['torchvision'].split('+')[0]}"
@@ -97,21 +98,26 @@ def gpu(folder=ROOT / "benchmarks/results"):
     if measured.get("cases"):
         lines += ["`benchmarks/gpu.sh measure` wrote `results/gpu_measure.json`; the same rules as above."]
         by_machine = {}
-        for name, r in measured["cases"].items(): by_machine.setdefault(json.dumps(r["machine"]), {})[name] = r
+        for name, r in measured["cases"].items():
+            by_machine.setdefault(json.dumps(r["machine"]), {})[name] = r
         for machine, rows in by_machine.items():
-            lines += ["", f"On {card(json.loads(machine))}:", "", HEAD[0] + " GPU at work, ours / the other |", HEAD[1] + "---|"]
+            lines += ["", f"On {card(json.loads(machine))}:", "",
+                      HEAD[0] + " GPU at work, ours / the other |", HEAD[1] + "---|"]
             for name, r in rows.items():
-                busy = [f"{r['busy'][side]['gpu_ms'] / r['ms'][side]:.0%}" for side in r["compared"] if "busy" in r]
+                busy = [f"{r['busy'][side]['gpu_ms'] / r['ms'][side]:.0%}"
+                        for side in r["compared"] if "busy" in r]
                 lines.append(f"{comparison(name, r)} {' / '.join(busy)} |")
     if measured.get("training"):
         on = card(measured["machine"])
         lines += ["", f"`maskrcnn-course train` on the scenes, on {on}; validation counts as time:", "",
-                  "| preset | stage | epochs | loss, first and last epoch | images per second |", "|---|---|---|---|---|"]
+                  "| preset | stage | epochs | loss, first and last epoch | images per second |",
+                  "|---|---|---|---|---|"]
         for preset, stages in measured["training"].items():
             for name, t in stages.items():
                 if name == "AP": continue
                 losses = f"{t['first_loss']:.2f} → {t['last_loss']:.2f}"
-                lines.append(f"| {preset} | {name} | {t['epochs']} | {losses} | {t['images_per_second']:.0f} |")
+                lines.append(f"| {preset} | {name} | {t['epochs']} | {losses} | "
+                             f"{t['images_per_second']:.0f} |")
     if waits:
         lines += ["", f"How often Python waits for the GPU, on {card(waits['machine'])}: "
                   + "; ".join(f"{name} {w['count']}" for name, w in waits["waits"].items()) + "."]

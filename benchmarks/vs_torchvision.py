@@ -106,8 +106,8 @@ def versus(functions, device, seconds, per_call=1):
     ratios = sorted(r[theirs] / r[ours] for r in rounds)
     quartiles = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
     peak = {name: peak_of(function, device) / 1e6 for name, function in functions.items()}
-    return dict(ratio=statistics.median(ratios), quartiles=quartiles, rounds=len(rounds), compared=[ours, theirs],
-                ms=ms, per_second={name: 1000 * per_call / t for name, t in ms.items()}, peak_mb=peak)
+    return dict(ratio=statistics.median(ratios), quartiles=quartiles, rounds=len(rounds),
+                compared=[ours, theirs], ms=ms, per_second={name: 1000 * per_call / t for name, t in ms.items()}, peak_mb=peak)
 
 
 # ---- what both sides get
@@ -147,7 +147,7 @@ def outspoken(model):
 def both_models(device, size, detections=100):
     """Our model and torchvision's `maskrcnn_resnet50_fpn` with the same weights, in eval mode.
 
-    Batch norm is frozen, as in torchvision's recipe. Every case of the same device and size gets the same two.
+    Batch norm is frozen, as in torchvision's recipe. All cases of one device and size get the same two.
     """
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d,
@@ -247,7 +247,8 @@ def kernel(device, size):
     from maskrcnn_course.kernels import roi_align_by_kernel
     generator = torch.Generator().manual_seed(0)
     n, channels, bins = (512, 256, 7) if device == "cuda" else (2, 16, 2)
-    maps = [torch.rand(2, channels, *(-(-side // stride) for side in SIZES[size]), device=device, requires_grad=True)
+    maps = [torch.rand(2, channels, *(-(-side // stride) for side in SIZES[size]),
+                       device=device, requires_grad=True)
             for stride in (4, 8, 16, 32)]
     padded = tuple(4 * side for side in maps[0].shape[-2:])
     boxes = [some_boxes(SIZES[size], n, generator).to(device) for _ in range(2)]
@@ -389,12 +390,13 @@ def importing(device):
 
 def first_prediction(device):
     run = f"; import torch; model.eval().to('{device}'); torch.set_grad_enabled(False); model([torch.rand(3, 300, 400).to('{device}')])"
-    return dict(ours=lambda: start("from maskrcnn_course.mask_rcnn import build_model; model = build_model('standard', 91, False)" + run),
+    return dict(ours=lambda: start(
+        "from maskrcnn_course.mask_rcnn import build_model; model = build_model('standard', 91, False)" + run),
                 theirs=lambda: start("from torchvision.models import get_model; model = get_model('maskrcnn_resnet50_fpn', weights=None, weights_backbone=None)" + run)), 1
 
 
-OPERATORS = {"RoIAlign, forward and backward": roi_align, "NMS": nms, "matching": matching, "sampling": sampling,
-             "paste 100 masks": pasting}
+OPERATORS = {"RoIAlign, forward and backward": roi_align, "NMS": nms, "matching": matching,
+             "sampling": sampling, "paste 100 masks": pasting}
 
 
 def cases():
@@ -407,9 +409,12 @@ def cases():
                 for name, function in (("train", train_step), ("inference", inference)):
                     known[f"cpu {name} {size} batch {n} {number}"] = partial(function, "cpu", size, n, number,
                                                                            backend=backend)
-            if size == "800x1333" and number != "bf16":  # in 16 bits torchvision mixes up objects beyond the 256th
-                known[f"cpu train {size} batch 1 {number}, 500 objects"] = partial(train_step, "cpu", size, 1, number, 500)
-        known |= {f"cpu {name} {size}": partial(function, "cpu", size) for name, function in OPERATORS.items()}
+            # in 16 bits torchvision mixes up objects beyond the 256th
+            if size == "800x1333" and number != "bf16":
+                known[f"cpu train {size} batch 1 {number}, 500 objects"] = partial(
+                    train_step, "cpu", size, 1, number, 500)
+        known |= {f"cpu {name} {size}": partial(function, "cpu", size)
+                  for name, function in OPERATORS.items()}
     known["cpu first prediction"] = partial(first_prediction, "cpu")
     for kind in ("bbox", "segm"):
         for library in ("pycocotools", "faster-coco-eval"):
@@ -424,7 +429,8 @@ def machine():
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     about = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                  torchvision=torchvision.__version__)
-    return about | ({"gpu": torch.cuda.get_device_name(), "driver": driver()} if torch.cuda.is_available() else {})
+    return about | ({"gpu": torch.cuda.get_device_name(), "driver": driver()}
+                    if torch.cuda.is_available() else {})
 
 
 def driver():

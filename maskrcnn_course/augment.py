@@ -21,31 +21,41 @@ def augmentation(
     mirrored:float=0.5,  # share of the images that "flip" mirrors
 ) -> v2.Transform:
     "Transforms of an image and its target, one after the other."
-    lights = (dict(brightness=(0.8, 1.2)), dict(contrast=(0.8, 1.2)), dict(saturation=(0.5, 1.5)), dict(hue=0.05))
+    lights = (
+        dict(brightness=(0.8, 1.2)), dict(contrast=(0.8, 1.2)),
+        dict(saturation=(0.5, 1.5)), dict(hue=0.05))
     known = dict(
         flip=v2.RandomHorizontalFlip(mirrored),
         colour=v2.Compose([v2.RandomApply([v2.ColorJitter(**light)], 0.5) for light in lights]),
         shrink=v2.RandomZoomOut({tv_tensors.Image: 114, tv_tensors.Mask: 0}, side_range=(1.0, 2.0)),
-        crop=v2.RandomIoUCrop(min_scale=0.4, min_aspect_ratio=0.75, max_aspect_ratio=1.33), paste=v2.Identity())
-    if unknown := set(names) - set(known): raise ValueError(f"unknown augmentation {sorted(unknown)}; there are {list(known)}")
+        crop=v2.RandomIoUCrop(min_scale=0.4, min_aspect_ratio=0.75, max_aspect_ratio=1.33),
+        paste=v2.Identity())
+    if unknown := set(names) - set(known):
+        raise ValueError(f"unknown augmentation {sorted(unknown)}; there are {list(known)}")
     return v2.Compose([known[name] for name in known if name in names] or [v2.Identity()])
 
 # %% ../nbs/11c_augment.ipynb #7e74ec0b
 def _left_of(target, boxes, masks):
-    "The objects of a target at new boxes and masks: where a mask lost pixels, box and area are measured anew; an object of which no tenth is left goes."
+    """The objects of a target at new boxes and masks: where a mask lost pixels, box and area are measured
+    anew; an object of which no tenth is left goes."""
     whole, left = (m.flatten(1).sum(1) for m in (target["masks"], masks))
     kept, cut = left > 0.1 * whole, left < whole
     boxes = boxes.clone()
-    if (both := kept & cut).any(): boxes[both] = torchvision.ops.masks_to_boxes(masks[both]) + boxes.new_tensor([0, 0, 1, 1])
-    moved = dict(target, boxes=boxes, masks=masks, area=torch.where(cut, left.to(target["area"]), target["area"]))
+    if (both := kept & cut).any():
+        boxes[both] = torchvision.ops.masks_to_boxes(masks[both]) + boxes.new_tensor([0, 0, 1, 1])
+    moved = dict(
+        target, boxes=boxes, masks=masks,
+        area=torch.where(cut, left.to(target["area"]), target["area"]))
     return {k: v[kept] for k, v in moved.items() if k != "image_id"}
 
 def _paste(image, target, other, donor, generator):
-    "`image` with about half of the objects of `other`, which lie in front. Of a larger `other` a window is taken, a smaller one lies anywhere."
+    """`image` with about half of the objects of `other`, which lie in front.
+    Of a larger `other` a window is taken, a smaller one lies anywhere."""
     chosen = (torch.rand(len(donor["labels"]), generator=generator) < 0.5) & (donor["iscrowd"] == 0)
     def offset(n): return torch.randint(abs(n) + 1, (), generator=generator).item() * (1 if n > 0 else -1)
     top, left = (offset(there - here) for there, here in zip(other.shape[-2:], image.shape[-2:]))
-    other, masks = (v2.functional.crop(x, top, left, *image.shape[-2:]) for x in (other, donor["masks"][chosen]))
+    other, masks = (
+        v2.functional.crop(x, top, left, *image.shape[-2:]) for x in (other, donor["masks"][chosen]))
     donor = {k: v[chosen] for k, v in donor.items() if k != "image_id"}
     front = _left_of(donor, donor["boxes"] - donor["boxes"].new_tensor([left, top, left, top]), masks)
     if not len(front["labels"]): return image, target
@@ -58,7 +68,7 @@ def copy_paste(
     targets:list,                        # with masks
     generator:torch.Generator|None=None, # for the same choice again
 ) -> tuple[list, list]:
-    "Every image with objects of the batch's next one, as large in pixels as they are there (Ghiasi et al., 2021)."
+    "Every image with objects of the batch's next one, at their size in pixels (Ghiasi et al., 2021)."
     pairs = zip(images, targets, images[1:] + images[:1], targets[1:] + targets[:1])
     images, targets = zip(*(_paste(*pair, generator) for pair in pairs))
     return list(images), list(targets)

@@ -25,7 +25,10 @@ def _session(workers:int):
     from urllib3.util import Retry
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"  # sizes as announced
-    adapter = HTTPAdapter(pool_maxsize=workers, max_retries=Retry(status_forcelist=(429, 500, 502, 503, 504), **RETRIES))
+    adapter = HTTPAdapter(
+        pool_maxsize=workers,
+        max_retries=Retry(status_forcelist=(429, 500, 502, 503, 504), **RETRIES),
+    )
     for scheme in ("http://", "https://"): session.mount(scheme, adapter)
     return session
 
@@ -34,22 +37,44 @@ def _receive(session, url:str, part:Path, said:str) -> None:
     "Append the rest of `url` to `part`; `said` names a progress bar."
     import requests
     begin = part.stat().st_size if part.exists() else 0
-    try: reply = session.get(url, headers={"Range": f"bytes={begin}-"} if begin else {}, stream=True, timeout=(10, 60))
+    try:
+        reply = session.get(
+            url,
+            headers={"Range": f"bytes={begin}-"} if begin else {},
+            stream=True,
+            timeout=(10, 60),
+        )
     except requests.RequestException as e:
         reason = getattr(e.args[0], "reason", e) if e.args else e
-        raise OSError(f"{url} cannot be fetched: {re.sub(r'^[<A-Z].*?[>)]: ', '', str(reason))}; what has come is kept, so try again later") from e
+        raise OSError(
+            f"{url} cannot be fetched: {re.sub(r'^[<A-Z].*?[>)]: ', '', str(reason))}; "
+            "what has come is kept, so try again later"
+        ) from e
     with reply:
-        if reply.status_code in (403, 404, 410): raise FileNotFoundError(f"{url}: the server does not have it ({reply.status_code})")
+        if reply.status_code in (403, 404, 410):
+            raise FileNotFoundError(f"{url}: the server does not have it ({reply.status_code})")
         if reply.status_code == 416: return  # there is nothing behind what we have
-        if reply.status_code not in (200, 206): raise OSError(f"{url} cannot be fetched: the server answers {reply.status_code}")
+        if reply.status_code not in (200, 206):
+            raise OSError(f"{url} cannot be fetched: the server answers {reply.status_code}")
         more, size = reply.status_code == 206, int(reply.headers.get("Content-Length", 0))
-        with open(part, "ab" if more else "wb") as f, tqdm(total=size or None, desc=said, unit="B", unit_scale=True, leave=False, disable=not said or None) as bar:
+        with (
+            open(part, "ab" if more else "wb") as f,
+            tqdm(
+                total=size or None,
+                desc=said,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                disable=not said or None,
+            ) as bar,
+        ):
             for chunk in reply.iter_content(2**14): bar.update(f.write(chunk))
     if size and part.stat().st_size < size + begin * more: raise requests.ConnectionError("the line broke")
 
 # %% ../nbs/00d_download.ipynb #195eb77d
 def _fetch(session, url:str, path:Path, check:Callable, said:str="") -> None:
-    "Fetch `url` as `path`, going on where an earlier attempt broke off; it gets its name once `check` raises no ValueError."
+    """Fetch `url` as `path`, going on where an earlier attempt broke off;
+    it gets its name once `check` raises no ValueError."""
     import requests
     if path.exists(): return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +86,11 @@ def _fetch(session, url:str, path:Path, check:Callable, said:str="") -> None:
             _receive(session, url, part, said)
             check(part)
             return os.replace(part, path)
-        except requests.RequestException: error = OSError(f"{url} breaks off again and again, now after {size()} bytes; what has come is kept, so try again later")
+        except requests.RequestException:
+            error = OSError(
+                f"{url} breaks off again and again, now after {size()} bytes; "
+                "what has come is kept, so try again later"
+            )
         except ValueError as e:
             error = ValueError(f"{url} comes damaged: {e}")
             part.unlink(missing_ok=True)
@@ -73,7 +102,8 @@ def _fetch(session, url:str, path:Path, check:Callable, said:str="") -> None:
 SIZE = (400, 300)  # width and height of every picture
 
 def _crop(width:int, height:int) -> tuple[int, int, int, int] | None:
-    "The part of shape 4:3 in the middle of a photo, x1 y1 x2 y2; None if too much would be lost, or too little is there."
+    """The part of shape 4:3 in the middle of a photo, x1 y1 x2 y2;
+    None if too much would be lost, or too little is there."""
     w, h = min(width, round(height * SIZE[0] / SIZE[1])), min(height, round(width * SIZE[1] / SIZE[0]))
     x, y = (width - w) // 2, (height - h) // 2
     return (x, y, x + w, y + h) if w >= SIZE[0] and h >= SIZE[1] and w * h >= 0.75 * width * height else None
@@ -87,11 +117,20 @@ def _objects(entry:dict, annotations:list, labels:dict, min_size:int, most:int) 
     for a in annotations if crop else ():
         if a["category_id"] not in labels: continue
         try: mask = coco_rle(a["segmentation"], entry["height"], entry["width"])
-        except Exception as e: raise ValueError(f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): {e}") from e
+        except Exception as e:
+            raise ValueError(
+                f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): {e}"
+            ) from e
         mask = resize_mask(mask[crop[1]:crop[3], crop[0]:crop[2]], SIZE[1], SIZE[0])
         if not mask.any(): continue  # cut away with the edge
         if mask.sum() < min_size or len(found) == most or a.get("iscrowd"): return []
-        found.append(dict(label=labels[a["category_id"]], box=mask_box(mask), area=float(mask.sum()), iscrowd=0, rle=encode_mask(mask)))
+        found.append(dict(
+            label=labels[a["category_id"]],
+            box=mask_box(mask),
+            area=float(mask.sum()),
+            iscrowd=0,
+            rle=encode_mask(mask),
+        ))
     return found
 
 # %% ../nbs/00d_download.ipynb #6a8a4de6
@@ -100,7 +139,10 @@ def _draw_photos(coco:dict, number:int, objects_of:Callable, seed:int) -> Iterat
     entries = {entry["id"]: entry for entry in coco["images"]}
     order, tried, counts = random.Random(seed).sample(sorted(entries), len(entries)), set(), Counter()
     of_class = {c["id"]: c.get("supercategory") for c in coco["categories"]}
-    queues = {k: iter([i for i in order if any(of_class[a["category_id"]] == name for a in coco["by_image"][i])]) for k, name in enumerate(CLASSES, 1)}
+    queues = {
+        k: iter([i for i in order if any(of_class[a["category_id"]] == name for a in coco["by_image"][i])])
+        for k, name in enumerate(CLASSES, 1)
+    }
     while queues and number:
         label = min(queues, key=lambda k: counts[k])
         image_id = next(queues[label], None)
@@ -113,22 +155,54 @@ def _draw_photos(coco:dict, number:int, objects_of:Callable, seed:int) -> Iterat
                 yield entries[image_id], objects
 
 # %% ../nbs/00d_download.ipynb #64d19137
-_FREE = ("creativecommons.org/licenses/by/", "creativecommons.org/licenses/by-sa/", "flickr.com/commons/usage", "usa.gov/copyright")
+_FREE = (
+    "creativecommons.org/licenses/by/",
+    "creativecommons.org/licenses/by-sa/",
+    "flickr.com/commons/usage",
+    "usa.gov/copyright",
+)
 
-def _choose(archive:Path, split:str, number:int, min_size:int, most:int, redistributable:bool, seed:int) -> list:
+def _choose(
+    archive:Path,
+    split:str,
+    number:int,
+    min_size:int,
+    most:int,
+    redistributable:bool,
+    seed:int,
+) -> list:
     "Examples without their image, as many as asked for and there are."
     try: coco = read_coco(zipfile.Path(archive, f"annotations/instances_{split}2017.json"))
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, FileNotFoundError) as e:
         archive.unlink()
         raise ValueError(f"{archive} was damaged ({e}) and has been removed: try again") from e
-    labels = {c["id"]: CLASSES.index(c["supercategory"]) + 1 for c in coco["categories"] if c.get("supercategory") in CLASSES}
+    labels = {
+        c["id"]: CLASSES.index(c["supercategory"]) + 1
+        for c in coco["categories"]
+        if c.get("supercategory") in CLASSES
+    }
     credit = lambda entry: coco["credits"].get(entry.get("license"), "")
     def objects_of(entry):
         if redistributable and not any(free in credit(entry) for free in _FREE): return []
         return _objects(entry, coco["by_image"][entry["id"]], labels, min_size, most)
-    chosen = [dict(id=entry["id"], file_name=entry["file_name"], width=SIZE[0], height=SIZE[1], split=split, instances=objects, license=credit(entry),
-                   url=entry.get("flickr_url", ""), original=(entry["width"], entry["height"])) for entry, objects in _draw_photos(coco, number, objects_of, seed)]
-    if not chosen: raise ValueError(f"{archive}: no photo for {split} fits; ask for smaller objects, or for more in a photo")
+    chosen = [
+        dict(
+            id=entry["id"],
+            file_name=entry["file_name"],
+            width=SIZE[0],
+            height=SIZE[1],
+            split=split,
+            instances=objects,
+            license=credit(entry),
+            url=entry.get("flickr_url", ""),
+            original=(entry["width"], entry["height"]),
+        )
+        for entry, objects in _draw_photos(coco, number, objects_of, seed)
+    ]
+    if not chosen:
+        raise ValueError(
+            f"{archive}: no photo for {split} fits; ask for smaller objects, or for more in a photo"
+        )
     if len(chosen) < number: print(f"{split}: only {len(chosen)} photos fit, and not {number}")
     return chosen
 
@@ -136,13 +210,17 @@ def _choose(archive:Path, split:str, number:int, min_size:int, most:int, redistr
 def _check_photo(file:Path, size:tuple) -> Image.Image:
     "The photo in a file; a `ValueError` if it is damaged or of another (width, height)."
     image = decode_image(file.read_bytes(), file.name)
-    if image.size != tuple(size): raise ValueError(f"{file.name}: the photo has {image.size} pixels, and the annotations say {tuple(size)}")
+    if image.size != tuple(size):
+        raise ValueError(
+            f"{file.name}: the photo has {image.size} pixels, and the annotations say {tuple(size)}"
+        )
     return image
 
 def _place(folder:Path, example:dict) -> Path:
     "Where the photo of an example is kept."
     name = example["file_name"]
-    if not re.fullmatch(r"[\w-]+\.\w+", name): raise ValueError(f"image {example['id']}: {name!r} is no name for a photo")
+    if not re.fullmatch(r"[\w-]+\.\w+", name):
+        raise ValueError(f"image {example['id']}: {name!r} is no name for a photo")
     return folder / f"{example['split']}2017" / name
 
 # %% ../nbs/00d_download.ipynb #14b3b4ce
@@ -150,11 +228,29 @@ def _fetch_photos(session, source:str, folder:Path, chosen:list, workers:int) ->
     "Fetch the photos that are not there yet; returns the examples whose photo is."
     def fetch(example):
         place = _place(folder, example)
-        try: _fetch(session, f"{source}/{place.parent.name}/{place.name}", place, lambda part: _check_photo(part, example["original"]))
+        try:
+            _fetch(
+                session,
+                f"{source}/{place.parent.name}/{place.name}",
+                place,
+                lambda part: _check_photo(part, example["original"]),
+            )
         except (FileNotFoundError, ValueError) as e: return str(e)
-    problems = thread_map(fetch, chosen, max_workers=workers, tqdm_class=tqdm, desc="photos", unit="photo", leave=False, disable=None)
+    problems = thread_map(
+        fetch,
+        chosen,
+        max_workers=workers,
+        tqdm_class=tqdm,
+        desc="photos",
+        unit="photo",
+        leave=False,
+        disable=None,
+    )
     missing = [problem for problem in problems if problem]
-    if len(missing) > len(chosen) / 10: raise OSError(f"{len(missing)} of {len(chosen)} photos are not to be had; the first: {missing[0]}")
+    if len(missing) > len(chosen) / 10:
+        raise OSError(
+            f"{len(missing)} of {len(chosen)} photos are not to be had; the first: {missing[0]}"
+        )
     for problem in missing: print(f"passed over: {problem}")
     return [example for example, problem in zip(chosen, problems) if not problem]
 
@@ -162,7 +258,9 @@ def _fetch_photos(session, source:str, folder:Path, chosen:list, workers:int) ->
 def _picture(folder:Path, example:dict) -> dict:
     "An example with its photo, cut and reduced as its masks were."
     image = _check_photo(_place(folder, example), example["original"])
-    return example | dict(image=jpeg_bytes(image.crop(_crop(*image.size)).resize(SIZE, Image.Resampling.BICUBIC)))
+    return example | dict(
+        image=jpeg_bytes(image.crop(_crop(*image.size)).resize(SIZE, Image.Resampling.BICUBIC))
+    )
 
 def _check_archive(file:Path) -> None:
     if not zipfile.is_zipfile(file): raise ValueError(f"{file.name} is not a whole zip archive")
@@ -180,14 +278,26 @@ def download_coco3(
     workers:int=8,       # photos fetched at a time
     overwrite:bool=False, # replace a file that exists
 ) -> Path:
-    "Fetch COCO's annotations and the photos that fit, and write vehicles, persons and animals at 400 x 300 as one HDF5 file."
+    """Fetch COCO's annotations and the photos that fit,
+    and write vehicles, persons and animals at 400 x 300 as one HDF5 file."""
     path, source = Path(path), source.rstrip("/")
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
     folder, session = path.parent / "coco", _session(workers)
     archive = folder / "annotations_trainval2017.zip"
     _fetch(session, f"{source}/annotations/{archive.name}", archive, _check_archive, "annotations")
     chosen = [example for split, number in (("train", train), ("val", val)) if number
               for example in _choose(archive, split, number, min_size, most, redistributable, seed)]
     chosen = _fetch_photos(session, source, folder, chosen, workers)
-    made_by = f"download_coco3 of {source}, min_size {min_size}, most {most}, redistributable {redistributable}, seed {seed}"
-    return write_dataset(path, CLASSES, (_picture(folder, example) for example in chosen), made_by, overwrite, len(chosen))
+    made_by = (
+        f"download_coco3 of {source}, min_size {min_size}, most {most}, "
+        f"redistributable {redistributable}, seed {seed}"
+    )
+    return write_dataset(
+        path,
+        CLASSES,
+        (_picture(folder, example) for example in chosen),
+        made_by,
+        overwrite,
+        len(chosen),
+    )

@@ -24,7 +24,7 @@ def _mistakes(
     ious:Float[np.ndarray, "detections objects"], # of one image, the best detection first
     same:Bool[np.ndarray, "detections objects"],  # whether both have the same class
     crowd:Bool[np.ndarray, "objects"],
-) -> list:                                        # (kind, detection, object, whether it is put right with the object); -1 for none
+) -> list: # (kind, detection, object, whether it is put right with the object); -1 for none
     "What is wrong with each detection, then the objects missed."
     free, found, sorted_out = ~crowd, [], []
     for i in range(len(ious)):
@@ -46,11 +46,13 @@ def classify_mistakes(
     gt:dict | str | os.PathLike,      # as for `evaluate`
     results:list | str | os.PathLike, # as for `evaluate`
     iou_type:str="bbox",              # "bbox" compares boxes, "segm" masks
-) -> list:                            # (kind, one of `MISTAKES`; result or None; annotation or None; what an oracle says in its place, or None)
+) -> list: # (one of `MISTAKES`; result or None; annotation or None; what an oracle says instead, or None)
     "What is wrong with each result, then the annotations missed (the kinds of Bolya et al., 2020)."
     gt, results = read_json(gt), read_json(results)
     evaluate(gt, results, iou_type)                               # refuses what cannot be right
-    shape, sizes = ("bbox", None) if iou_type == "bbox" else ("segmentation", {image["id"]: image for image in gt["images"]})
+    shape, sizes = (
+        ("bbox", None) if iou_type == "bbox"
+        else ("segmentation", {image["id"]: image for image in gt["images"]}))
     lowest, sorted_out = min((r["score"] for r in results), default=1) - 1, []
     by_image = defaultdict(list), defaultdict(list)
     for rows, of in zip((sorted(results, key=lambda row: -row["score"]), gt["annotations"]), by_image):
@@ -59,19 +61,23 @@ def classify_mistakes(
         rows, objects = (of[image["id"]] for of in by_image)
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in objects], bool)
         found, there = shapes_of(rows, "result", sizes)[0], shapes_of(objects, "annotation", sizes)[0]
-        same = np.array([[r["category_id"] == a["category_id"] for a in objects] for r in rows], bool).reshape(len(rows), len(objects))
+        same = np.array(
+            [[r["category_id"] == a["category_id"] for a in objects] for r in rows],
+            bool).reshape(len(rows), len(objects))
         ious = coco_mask.iou(found, there, crowd.tolist()) if same.size else np.zeros(same.shape)
         for kind, i, j, gets in _mistakes(ious, same, crowd):
             row, a = rows[i] if i >= 0 else None, objects[j] if j >= 0 else None
             blank = dict(image_id=image["id"], score=lowest)
-            sorted_out.append((kind, row, a, (row or blank) | {k: a[k] for k in ("category_id", "bbox", shape)} if gets else None))
+            sorted_out.append((
+                kind, row, a,
+                (row or blank) | {k: a[k] for k in ("category_id", "bbox", shape)} if gets else None))
     return sorted_out
 
 def oracle_ladder(
     gt:dict | str | os.PathLike,      # as for `evaluate`
     results:list | str | os.PathLike, # as for `evaluate`
     iou_type:str="bbox",              # "bbox" compares boxes, "segm" masks
-) -> dict:                            # "as found", then each of `MISTAKES`: what `evaluate` says once an oracle has put it and those before it right
+) -> dict: # "as found", then each of `MISTAKES`: `evaluate` once an oracle put it and those before right
     "Where AP is lost: what it would be without one kind of mistake after the other."
     mistakes, ladder = classify_mistakes(gt, results, iou_type), {}
     for n, step in enumerate(("as found", *MISTAKES)):

@@ -15,7 +15,8 @@ from .augment import AUGMENT, data_loader
 
 # %% ../nbs/11d_features.ipynb #4e7c922c
 class FeatureCache:
-    "The batches of a loader as the frozen stages see them. They will not change: kept on disk if they fit, else computed each time."
+    """The batches of a loader as the frozen stages see them.
+    They will not change: kept on disk if they fit, else computed each time."""
     def __init__(self,
         model:MaskRCNN,       # with a trained RPN
         loader:DataLoader,    # of (images, targets)
@@ -36,25 +37,42 @@ class FeatureCache:
         features = model.backbone(batch.images)
         proposals = model.propose(model.run_rpn(features, batch), batch, train=True)
         model.train(mode)
-        shape = batch.images[:1, :1, :1, :1].clone().expand(batch.images.shape)  # the heads ask only for its size
-        return [f.clamp(-448, 448).to(torch.float8_e4m3fn) for f in features], proposals, batch._replace(images=shape)
+        # the heads ask only for its size
+        shape = batch.images[:1, :1, :1, :1].clone().expand(batch.images.shape)
+        return (
+            [f.clamp(-448, 448).to(torch.float8_e4m3fn) for f in features],
+            proposals,
+            batch._replace(images=shape))
 
     def keep(self, result:tuple) -> int:
         "Write what is large, remember the rest; returns the bytes written."
         features, proposals, batch = result
-        large = {i: f.permute(0, 2, 3, 1) for i, f in enumerate(features)}  # channels last, as they lie in memory
+        # channels last, as they lie in memory
+        large = {i: f.permute(0, 2, 3, 1) for i, f in enumerate(features)}
         large |= {k: v for k, v in batch.targets.items() if k == "masks"}
         small = {k: v for k, v in batch.targets.items() if k != "masks"}
-        self.kept.append((self.file.tell(), {k: (t.shape, t.dtype) for k, t in large.items()}, proposals, batch._replace(targets=small)))
-        return sum(self.file.write(t.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for t in large.values())
+        self.kept.append((
+            self.file.tell(),
+            {k: (t.shape, t.dtype) for k, t in large.items()},
+            proposals,
+            batch._replace(targets=small)))
+        return sum(
+            self.file.write(t.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for t in large.values())
 
     def read(self, position:int, about:dict, proposals:tuple, batch:Batch) -> tuple:
         "What `look` returned."
         self.file.seek(position)
-        def tensor(shape, dtype): return torch.frombuffer(bytearray(self.file.read(shape.numel())), dtype=dtype).view(shape) if shape.numel() else torch.zeros(shape, dtype=dtype)
+        def tensor(shape, dtype):
+            return (
+                torch.frombuffer(bytearray(self.file.read(shape.numel())), dtype=dtype).view(shape)
+                if shape.numel() else torch.zeros(shape, dtype=dtype))
         large = {k: tensor(*one).to(batch.images.device) for k, one in about.items()}
         masks = {k: large.pop(k) for k in ("masks",) if k in large}
-        return [f.permute(0, 3, 1, 2) for f in large.values()], proposals, batch._replace(targets=batch.targets | masks)
+        return (
+            [f.permute(0, 3, 1, 2) for f in large.values()],
+            proposals,
+            batch._replace(targets=batch.targets | masks))
 
     def __len__(self): return len(self.loader)
 
@@ -72,9 +90,9 @@ def cache_features(
     augment:tuple=AUGMENT, # names of `augmentation`
     looks:int=2,           # at every training image, each changed anew
 ) -> tuple[FeatureCache, FeatureCache]:
-    "The frozen stages' results for all training images, half of the looks mirrored, and for all validation images."
+    """The frozen stages' results for all training images, half of the looks mirrored,
+    and for all validation images."""
     torch.manual_seed(seed)
     mirrored = tuple(float(i % 2) for i in range(looks))
     return (FeatureCache(model, data_loader(data, "train", batch_size, seed, workers, augment, mirrored)),
             FeatureCache(model, data_loader(data, "val", batch_size, seed, workers)))
-

@@ -22,13 +22,19 @@ def coco_rle(segmentation:list | dict, height:int, width:int) -> UInt8[np.ndarra
     if isinstance(segmentation, list):
         polygons = [p for p in segmentation if len(p) >= 6]
         if not polygons: return np.zeros((height, width), np.uint8)
-        if not all((np.abs(p) < 1e6).all() for p in polygons): raise ValueError("a polygon with coordinates that are not finite")
+        if not all((np.abs(p) < 1e6).all() for p in polygons):
+            raise ValueError("a polygon with coordinates that are not finite")
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
     else:
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"a mask of {segmentation['size']} (height, width) on an image of {[height, width]}")
-        rle = coco_mask.frPyObjects(segmentation, height, width) if isinstance(segmentation["counts"], list) else segmentation
-    return decode_mask(rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode(), height, width)
+            raise ValueError(
+                f"a mask of {segmentation['size']} (height, width) on an image of {[height, width]}")
+        rle = (
+            coco_mask.frPyObjects(segmentation, height, width)
+            if isinstance(segmentation["counts"], list) else segmentation
+        )
+    return decode_mask(
+        rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode(), height, width)
 
 # %% ../nbs/00b_importers.ipynb #8127a23b
 def resize_mask(mask:UInt8[np.ndarray, "h w"], height:int, width:int) -> UInt8[np.ndarray, "height width"]:
@@ -46,7 +52,7 @@ def _boxed_instance(a:dict, label:int, old:tuple, new:tuple) -> dict | str:
 
 # %% ../nbs/00b_importers.ipynb #b07cfe84
 def _coco_instance(a:dict, label:int, old:tuple, new:tuple, has_masks:bool=True) -> dict | str:
-    "The instance of COCO annotation `a` on an image resized from `old` to `new` (width, height), or why there is none."
+    "The instance of `a` on an image resized from `old` to `new` (width, height), or why there is none."
     x, y, w, h = a["bbox"]
     if w <= 0 or h <= 0: return "a box without area"
     if not has_masks: return _boxed_instance(a, label, old, new)
@@ -66,27 +72,37 @@ def _class_of(categories:list, groups:str | dict | None) -> dict:
     if groups is None: return {name: name for name in known}
     if groups == "supercategory":
         if without := [name for name, group in known.items() if not group]:
-            raise ValueError(f"groups is \"supercategory\", but the categories {without} have none; leave groups out, and each category is a class")
+            raise ValueError(
+                f"groups is \"supercategory\", but the categories {without} have none; "
+                "leave groups out, and each category is a class")
         return known
     class_of = {category: name for name, members in groups.items() for category in members}
-    if unknown := sorted(class_of.keys() - known.keys()): raise ValueError(f"groups names {unknown}, but the categories are {list(known)}")
-    if len(class_of) < sum(map(len, groups.values())): raise ValueError(f"groups puts a category into two classes: {groups}")
+    if unknown := sorted(class_of.keys() - known.keys()):
+        raise ValueError(f"groups names {unknown}, but the categories are {list(known)}")
+    if len(class_of) < sum(map(len, groups.values())):
+        raise ValueError(f"groups puts a category into two classes: {groups}")
     return class_of
 
 # %% ../nbs/00b_importers.ipynb #35f0907e
 def read_coco(path:Path | zipfile.Path) -> dict:
-    "A COCO file's contents, with its annotations also by image; a `ValueError` where they contradict each other."
+    "A COCO file's contents, its annotations also by image; a `ValueError` where they contradict each other."
     try: coco = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise ValueError(f"{path} is not whole JSON: {e}") from e
-    if missing := {"images", "annotations", "categories"} - set(coco): raise ValueError(f"{path} lacks {missing}: is it a COCO file of instances?")
+    if missing := {"images", "annotations", "categories"} - set(coco):
+        raise ValueError(f"{path} lacks {missing}: is it a COCO file of instances?")
     coco["path"], coco["by_image"] = path, {image["id"]: [] for image in coco["images"]}
     if len(coco["by_image"]) < len(coco["images"]):
-        raise ValueError(f"{path}: two images have the id {Counter(i['id'] for i in coco['images']).most_common(1)[0][0]}")
+        raise ValueError(
+            f"{path}: two images have the id "
+            f"{Counter(i['id'] for i in coco['images']).most_common(1)[0][0]}")
     coco["names"] = {c["id"]: c["name"] for c in coco["categories"]}
-    coco["credits"] = {o["id"]: f"{o.get('name', '')} {o.get('url', '')}".strip() for o in coco.get("licenses", [])}
+    coco["credits"] = {
+        o["id"]: f"{o.get('name', '')} {o.get('url', '')}".strip() for o in coco.get("licenses", [])}
     for a in coco["annotations"]:
         for key, known in (("image_id", coco["by_image"]), ("category_id", coco["names"])):
-            if a.get(key) not in known: raise ValueError(f"{path}, annotation {a.get('id')}: {key} {a.get(key)} is not in the file")
+            if a.get(key) not in known:
+                raise ValueError(
+                    f"{path}, annotation {a.get('id')}: {key} {a.get(key)} is not in the file")
         coco["by_image"][a["image_id"]].append(a)
     return coco
 
@@ -97,8 +113,10 @@ def _has_masks(cocos:Iterable) -> bool:
     drawn = sum(bool(a.get("segmentation")) for _, a in rows)
     for path, a in rows if drawn else ():
         if a.get("segmentation") is None:
-            raise ValueError(f"{path}, annotation {a['id']} of image {a['image_id']}: it has no segmentation, but {drawn} others have one: "
-                             "draw this one too, or take them from all of them to train on boxes alone")
+            raise ValueError(
+                f"{path}, annotation {a['id']} of image {a['image_id']}: "
+                f"it has no segmentation, but {drawn} others have one: "
+                "draw this one too, or take them from all of them to train on boxes alone")
     return bool(drawn) or not rows
 
 # %% ../nbs/00b_importers.ipynb #b6d34715
@@ -114,31 +132,45 @@ def _coco_photo(entry:dict, folder:Path, size:tuple | None) -> tuple[bytes, tupl
     where = f"{path}, image {entry['id']}"
     if not path.is_file(): raise FileNotFoundError(f"{where}: there is no such file")
     image = decode_image(path.read_bytes(), where)
-    if image.size != said: raise ValueError(f"{where}: the photo has {image.size} pixels, and the annotations say {said}")
+    if image.size != said:
+        raise ValueError(f"{where}: the photo has {image.size} pixels, and the annotations say {said}")
     if size in (None, image.size): return path.read_bytes(), image.size, image.size
     return jpeg_bytes(image.resize(size, Image.Resampling.BICUBIC)), image.size, size
 
 # %% ../nbs/00b_importers.ipynb #92904385
-def _coco_examples(coco:dict, folder:Path, split:str, labels:dict, size:tuple | None, has_masks:bool, said:Counter) -> Iterator[dict]:
+def _coco_examples(
+    coco:dict, folder:Path, split:str, labels:dict, size:tuple | None, has_masks:bool, said:Counter,
+) -> Iterator[dict]:
     "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
     for entry in coco["images"]:
         (data, old, new), instances = _coco_photo(entry, folder, size), []
         for a in coco["by_image"][entry["id"]]:
             label = labels.get(coco["names"][a["category_id"]])
-            try: instance = _coco_instance(a, label, old, new, has_masks) if label else "a category that no class takes"
-            except Exception as e: raise ValueError(f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): {type(e).__name__}: {e}") from e
+            try:
+                instance = (
+                    _coco_instance(a, label, old, new, has_masks)
+                    if label else "a category that no class takes"
+                )
+            except Exception as e:
+                raise ValueError(
+                    f"annotation {a['id']} of image {entry['id']} ({entry['file_name']}): "
+                    f"{type(e).__name__}: {e}") from e
             if isinstance(instance, dict): instances.append(instance)
             else: said[f"annotations dropped: {instance}"] += 1
         if not instances: said["images kept that have no object"] += 1
-        yield dict(image=data, width=new[0], height=new[1], id=entry["id"], file_name=entry["file_name"], split=split, instances=instances,
-                   license=coco["credits"].get(entry.get("license"), ""), url=entry.get("flickr_url") or entry.get("coco_url") or "")
+        yield dict(
+            image=data, width=new[0], height=new[1],
+            id=entry["id"], file_name=entry["file_name"], split=split, instances=instances,
+            license=coco["credits"].get(entry.get("license"), ""),
+            url=entry.get("flickr_url") or entry.get("coco_url") or "",
+        )
 
 # %% ../nbs/00b_importers.ipynb #6d6112c1
 def import_coco(
     path:str | Path,               # the HDF5 file to write
     annotations:str | Path | dict, # a COCO file of instances, or {"train": one, "val": another}
     images:str | Path | dict,      # the folder of the photos, or {"train": folder, "val": folder}
-    groups:str | dict | None=None, # None: every category is a class; "supercategory"; or class name → list of category names
+    groups:str | dict | None=None, # None: a class per category; "supercategory"; or class → category names
     size:tuple | None=None,        # (width, height) to bring every photo to
     classes:list | None=None,      # which classes to take, in the order of their labels; None: all
     overwrite:bool=False,          # replace a file that exists
@@ -146,17 +178,28 @@ def import_coco(
     "Write photos with annotations in COCO's format as one HDF5 file, and say what was dropped."
     annotations = annotations if isinstance(annotations, dict) else {"train": annotations}
     images = images if isinstance(images, dict) else dict.fromkeys(annotations, images)
-    if set(annotations) != set(images): raise ValueError(f"annotations for {list(annotations)}, but images for {list(images)}")
+    if set(annotations) != set(images):
+        raise ValueError(f"annotations for {list(annotations)}, but images for {list(images)}")
     files = {split: read_coco(Path(file)) for split, file in annotations.items()}
     class_of = _class_of([c for coco in files.values() for c in coco["categories"]], groups)
     known, has_masks, said = list(dict.fromkeys(class_of.values())), _has_masks(files.values()), Counter()
     classes = classes or known
-    if unknown := set(classes) - set(known): raise ValueError(f"classes {sorted(unknown)} are not among {known}")
+    if unknown := set(classes) - set(known):
+        raise ValueError(f"classes {sorted(unknown)} are not among {known}")
     labels = {category: classes.index(name) + 1 for category, name in class_of.items() if name in classes}
-    examples = (e for split, coco in files.items() for e in _coco_examples(coco, Path(images[split]), split, labels, size, has_masks, said))
-    made_by = f"import_coco of {[Path(file).name for file in annotations.values()]}, groups {groups}, size {size}"
-    write_dataset(path, classes, examples, made_by, overwrite, sum(len(coco["images"]) for coco in files.values()))
-    if not has_masks: print("no annotation has a segmentation: the data set has boxes alone, for the stages rpn and box")
+    examples = (
+        e for split, coco in files.items()
+        for e in _coco_examples(coco, Path(images[split]), split, labels, size, has_masks, said)
+    )
+    made_by = (
+        f"import_coco of {[Path(file).name for file in annotations.values()]}, "
+        f"groups {groups}, size {size}"
+    )
+    write_dataset(
+        path, classes, examples, made_by, overwrite, sum(len(coco["images"]) for coco in files.values()))
+    if not has_masks:
+        print("no annotation has a segmentation: "
+              "the data set has boxes alone, for the stages rpn and box")
     for what, count in said.items(): print(f"{count} {what}")
     return Path(path)
 
@@ -166,9 +209,13 @@ def _read_numbers(path:Path, size:tuple) -> np.ndarray:
     try:
         image = Image.open(path)
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise ValueError(f"{path}: the mask is damaged: {e}") from e
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{path}: the mask is damaged: {e}") from e
     if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(f"{path}: a mask in colours ({image.mode}): each pixel must be one number, so save it in grey or with a palette")
+        raise ValueError(
+            f"{path}: a mask in colours ({image.mode}): each pixel must be one number, "
+            "so save it in grey or with a palette"
+        )
     if image.size != size: raise ValueError(f"{path}: the mask has {image.size} pixels, its photo {size}")
     return np.asarray(image)
 
@@ -182,15 +229,21 @@ def _pair_masks(images:Path, masks:Path, classes:list) -> dict:
         if not folder.is_dir(): raise FileNotFoundError(f"{folder}: there is no such folder")
     photos, pairs = {}, {}
     for photo in sorted(p for p in images.iterdir() if p.suffix.lower() in _PHOTOS):
-        if photo.stem in photos: raise ValueError(f"{photo} and {photos[photo.stem].name} would have the same mask: rename one")
+        if photo.stem in photos:
+            raise ValueError(f"{photo} and {photos[photo.stem].name} would have the same mask: rename one")
         photos[photo.stem], pairs[photo] = photo, {}
     for label, folder in folders.items():
         for file in sorted(folder.glob("*.png")):
             photo = photos.get(file.stem) or photos.get(file.stem.removesuffix("_mask"))
-            if not photo: raise ValueError(f"{file}: no photo in {images} has this name, with or without _mask")
+            if not photo:
+                raise ValueError(f"{file}: no photo in {images} has this name, with or without _mask")
             pairs[photo][label] = file
     for photo, found in pairs.items():
-        if not found: raise FileNotFoundError(f"{photo}: no {photo.stem}_mask.png or {photo.stem}.png in {masks}; if there is no object on it, its mask is all 0")
+        if not found:
+            raise FileNotFoundError(
+                f"{photo}: no {photo.stem}_mask.png or {photo.stem}.png in {masks}; "
+                "if there is no object on it, its mask is all 0"
+            )
     return pairs
 
 # %% ../nbs/00b_importers.ipynb #aa86fe4d
@@ -202,15 +255,26 @@ def _mask_folder_examples(pairs:dict, said:Counter) -> Iterator[dict]:
         for label, file in files.items():
             numbers = _read_numbers(file, size)
             masks = [numbers == number for number in np.unique(numbers) if number]
-            instances += [dict(label=label, box=mask_box(m), area=float(m.sum()), iscrowd=0, rle=encode_mask(m)) for m in masks]
+            instances += [
+                dict(label=label, box=mask_box(m), area=float(m.sum()), iscrowd=0, rle=encode_mask(m))
+                for m in masks
+            ]
         if not instances: said["images kept that have no object"] += 1
-        yield dict(image=data, width=size[0], height=size[1], id=i, file_name=photo.name, split="train", instances=instances)
+        yield dict(
+            image=data,
+            width=size[0],
+            height=size[1],
+            id=i,
+            file_name=photo.name,
+            split="train",
+            instances=instances,
+        )
 
 # %% ../nbs/00b_importers.ipynb #ff98d217
 def import_mask_folder(
     path:str | Path,                     # the HDF5 file to write
     images:str | Path,                   # the folder of the photos
-    masks:str | Path,                    # the folder of the masks, NAME_mask.png or NAME.png; with several classes it has a folder for each
+    masks:str | Path,                    # folder of NAME_mask.png or NAME.png; several classes: a folder each
     classes:list | tuple=("object",),    # class names, in the order of their labels
     overwrite:bool=False,                # replace a file that exists
 ) -> Path:
@@ -231,9 +295,16 @@ class _Note:
 
 class _Notes(pickle.Unpickler):
     "Reads what a pickle says of NumPy arrays."
-    known = {("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("__builtin__", "bytes")}
+    known = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+        ("__builtin__", "bytes"),
+    }
     def find_class(self, module:str, name:str) -> _Note:
-        if (module.replace("numpy._core", "numpy.core"), name) not in self.known: raise ValueError(f"it wants to call {module}.{name}")
+        if (module.replace("numpy._core", "numpy.core"), name) not in self.known:
+            raise ValueError(f"it wants to call {module}.{name}")
         return _Note(name)
 
 # %% ../nbs/00b_importers.ipynb #60330010
@@ -241,9 +312,13 @@ def _numbers(note:_Note) -> np.ndarray:
     "The array of numbers that a note describes."
     _, shape, dtype, by_columns, data = note.state
     kind, order = dtype.args[0], dtype.state[1]
-    if not re.fullmatch("[biuf][1248]", kind): raise ValueError(f"it has an array of {kind}, and not of numbers")
-    if isinstance(data, _Note): data = data.args[0].encode("latin1") if data.args else b""  # bytes as Python 2 could read them, too
-    return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(shape, order="F" if by_columns else "C")
+    if not re.fullmatch("[biuf][1248]", kind):
+        raise ValueError(f"it has an array of {kind}, and not of numbers")
+    # Bytes as Python 2 could read them, too.
+    if isinstance(data, _Note): data = data.args[0].encode("latin1") if data.args else b""
+    return np.frombuffer(data, np.dtype(kind).newbyteorder(order)).reshape(
+        shape, order="F" if by_columns else "C"
+    )
 
 # %% ../nbs/00b_importers.ipynb #7a79ae2b
 def _read_arrays(path:Path) -> list:
@@ -251,7 +326,9 @@ def _read_arrays(path:Path) -> list:
     try:
         with open(path, "rb") as f:
             major, _ = np.lib.format.read_magic(f)
-            _, _, dtype = (np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0)(f)
+            _, _, dtype = (
+                np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            )(f)
             if not dtype.hasobject: return list(np.load(path, allow_pickle=False))
             return [_numbers(note) for note in _Notes(f).load().state[4]]
     except OSError: raise
@@ -262,40 +339,74 @@ def _rows(table:h5py.Dataset, slice_length:int=128) -> Iterator[np.ndarray]:
     "The rows of a table, read a slice at a time."
     for start in range(0, len(table), slice_length):
         try: rows = table[start:start + slice_length]
-        except OSError as e: raise ValueError(f"{table.file.filename}: rows {start} to {start + slice_length} are damaged: {e}") from e
+        except OSError as e:
+            raise ValueError(
+                f"{table.file.filename}: rows {start} to {start + slice_length} are damaged: {e}"
+            ) from e
         yield from rows
 
 # %% ../nbs/00b_importers.ipynb #e31aa6cf
 def _check_cis680(files:dict, images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list) -> None:
     "A `ValueError` with names and numbers where the four files contradict each other."
     img, mask, label, box = (files[k].name for k in ("img", "mask", "labels", "bboxes"))
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8: raise ValueError(f"{img}: {images.dtype} of {images.shape}, and not uint8 of (images, 3, height, width)")
-    if masks.shape[1:] != images.shape[2:]: raise ValueError(f"{mask}: masks of {masks.shape[1:]}, but the images of {img} are {images.shape[2:]}")
+    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != np.uint8:
+        raise ValueError(
+            f"{img}: {images.dtype} of {images.shape}, and not uint8 of (images, 3, height, width)"
+        )
+    if masks.shape[1:] != images.shape[2:]:
+        raise ValueError(
+            f"{mask}: masks of {masks.shape[1:]}, but the images of {img} are {images.shape[2:]}"
+        )
     if not len(images) == len(labels) == len(boxes):
-        raise ValueError(f"{img} has {len(images)} images, {label} has labels for {len(labels)} and {box} boxes for {len(boxes)}")
+        raise ValueError(
+            f"{img} has {len(images)} images, {label} has labels for {len(labels)} "
+            f"and {box} boxes for {len(boxes)}"
+        )
     for i, (some, others) in enumerate(zip(labels, boxes)):
-        if some.ndim != 1 or others.shape != (len(some), 4): raise ValueError(f"image {i}: labels of {some.shape} in {label}, but boxes of {others.shape} in {box}")
-    if (count := sum(map(len, labels))) != len(masks): raise ValueError(f"{mask} has {len(masks)} masks, but {label} has labels of {count} objects")
+        if some.ndim != 1 or others.shape != (len(some), 4):
+            raise ValueError(
+                f"image {i}: labels of {some.shape} in {label}, but boxes of {others.shape} in {box}"
+            )
+    if (count := sum(map(len, labels))) != len(masks):
+        raise ValueError(f"{mask} has {len(masks)} masks, but {label} has labels of {count} objects")
 
 # %% ../nbs/00b_importers.ipynb #ddbc48cd
-def _cis680_examples(images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list, said:Counter) -> Iterator[dict]:
+def _cis680_examples(
+    images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list, said:Counter
+) -> Iterator[dict]:
     "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
     masks, name = _rows(masks), Path(images.file.filename).stem
     for i, image in enumerate(_rows(images)):
         instances = []
-        for label, (x1, y1, x2, y2), mask in zip(labels[i].tolist(), boxes[i].tolist(), masks):  # takes a mask only if there is a label
+        # zip asks masks last: it takes a mask only if there is a label.
+        for label, (x1, y1, x2, y2), mask in zip(labels[i].tolist(), boxes[i].tolist(), masks):
             if not mask.any(): said["objects dropped: an empty mask"] += 1
             elif not (x1 < x2 and y1 < y2): said["objects dropped: a box without area"] += 1
-            else: instances.append(dict(label=label, box=(x1, y1, x2, y2), area=float(np.count_nonzero(mask)), iscrowd=0, rle=encode_mask(mask)))
+            else:
+                instances.append(dict(
+                    label=label,
+                    box=(x1, y1, x2, y2),
+                    area=float(np.count_nonzero(mask)),
+                    iscrowd=0,
+                    rle=encode_mask(mask),
+                ))
         if not instances: said["images kept that have no object"] += 1
-        yield dict(image=jpeg_bytes(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))), width=image.shape[2], height=image.shape[1],
-                   id=i, file_name=f"{name}[{i}]", split="train", instances=instances)
+        yield dict(
+            image=jpeg_bytes(Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))),
+            width=image.shape[2],
+            height=image.shape[1],
+            id=i,
+            file_name=f"{name}[{i}]",
+            split="train",
+            instances=instances,
+        )
 
 # %% ../nbs/00b_importers.ipynb #f61e0e60
 def _only(folder:Path, pattern:str) -> Path:
     "The one file in a folder that fits a pattern."
     found = sorted(folder.glob(pattern))
-    if len(found) != 1: raise FileNotFoundError(f"{folder}: there should be one file {pattern}, and there are {len(found)}")
+    if len(found) != 1:
+        raise FileNotFoundError(f"{folder}: there should be one file {pattern}, and there are {len(found)}")
     return found[0]
 
 @contextmanager
@@ -304,23 +415,34 @@ def _open_data(path:Path) -> Iterator[h5py.Dataset]:
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, fetch it again: {e}") from e
     with f:
-        if not isinstance(f.get("data"), h5py.Dataset): raise ValueError(f"{path} has no table 'data', only {list(f)}")
+        if not isinstance(f.get("data"), h5py.Dataset):
+            raise ValueError(f"{path} has no table 'data', only {list(f)}")
         yield f["data"]
 
 # %% ../nbs/00b_importers.ipynb #0a7b0592
 def import_cis680(
     path:str | Path,    # the HDF5 file to write
-    folder:str | Path,  # where the four files are: *_img_comp_zlib.h5, *_mask_comp_zlib.h5, *_labels_comp_zlib.npy, *_bboxes_comp_zlib.npy
+    folder:str | Path,  # where the four files are: *_{img,mask}_comp_zlib.h5, *_{labels,bboxes}_comp_zlib.npy
     classes:list | tuple=("vehicle", "person", "animal"), # of labels 1, 2, …
     overwrite:bool=False, # replace a file that exists
 ) -> Path:
     "Write the files of the CIS 680 assignment as one HDF5 file, and say what was dropped."
     folder, said = Path(folder), Counter()
-    files = {k: _only(folder, f"*_{k}_comp_zlib.{'h5' if k in ('img', 'mask') else 'npy'}") for k in ("img", "mask", "labels", "bboxes")}
+    files = {
+        k: _only(folder, f"*_{k}_comp_zlib.{'h5' if k in ('img', 'mask') else 'npy'}")
+        for k in ("img", "mask", "labels", "bboxes")
+    }
     labels, boxes = _read_arrays(files["labels"]), _read_arrays(files["bboxes"])
     with _open_data(files["img"]) as images, _open_data(files["mask"]) as masks:
         _check_cis680(files, images, masks, labels, boxes)
         examples = _cis680_examples(images, masks, labels, boxes, said)
-        write_dataset(path, classes, examples, f"import_cis680 of {[f.name for f in files.values()]}", overwrite, len(images))
+        write_dataset(
+            path,
+            classes,
+            examples,
+            f"import_cis680 of {[f.name for f in files.values()]}",
+            overwrite,
+            len(images),
+        )
     for what, count in said.items(): print(f"{count} {what}")
     return Path(path)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from .data import InstanceDataset, mask_box
 
 # %% ../nbs/00c_inspect.ipynb #3eb2a45b
-TINY, TWICE, RARE = 64, 0.9, 0.1  # pixels of a tiny object; IoU of one that is marked twice; share of the objects of an average class
+# pixels of a tiny object; IoU of one that is marked twice; share of the objects of an average class
+TINY, TWICE, RARE = 64, 0.9, 0.1
 
 def _off(box:list, mask:np.ndarray) -> float:
     "By how much a box misses the one around its mask, where 1 is just too much."
@@ -25,26 +26,35 @@ def _off(box:list, mask:np.ndarray) -> float:
 # %% ../nbs/00c_inspect.ipynb #6e9ed95e
 def _twice(target:dict) -> Iterator[tuple]:
     "Pairs of objects that cover the same, and their IoU; crowds cover others by right."
-    if "masks" in target: shapes = coco_mask.encode(np.asfortranarray(target["masks"].permute(1, 2, 0).numpy()))
-    else: shapes = np.array([[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in target["boxes"].tolist()]).reshape(-1, 4)
+    if "masks" in target:
+        shapes = coco_mask.encode(np.asfortranarray(target["masks"].permute(1, 2, 0).numpy()))
+    else:
+        shapes = np.array([[x1, y1, x2 - x1, y2 - y1]
+                           for x1, y1, x2, y2 in target["boxes"].tolist()]).reshape(-1, 4)
     alone = np.flatnonzero((target["iscrowd"] == 0) & (target["area"] > 0)).tolist()
     if len(alone) < 2: return
     shapes = [shapes[i] for i in alone]
-    iou = coco_mask.iou(shapes if "masks" in target else np.array(shapes), shapes if "masks" in target else np.array(shapes), [0] * len(alone))
+    iou = coco_mask.iou(
+        shapes if "masks" in target else np.array(shapes),
+        shapes if "masks" in target else np.array(shapes),
+        [0] * len(alone))
     for i, j in zip(*(np.triu(iou, 1) > TWICE).nonzero()): yield alone[i], alone[j], iou[i, j]
 
 # %% ../nbs/00c_inspect.ipynb #49e78ef9
 def _odd_objects(target:dict, width:int, height:int, classes:list) -> Iterator[tuple]:
     "What looks wrong about the objects of an image: (kind, words)."
-    for i, (box, label, area) in enumerate(zip(target["boxes"].tolist(), target["labels"].tolist(), target["area"].tolist())):
+    for i, (box, label, area) in enumerate(zip(
+            target["boxes"].tolist(), target["labels"].tolist(), target["area"].tolist())):
         what, corners = f"object {i} ({classes[label - 1]})", "box " + " ".join(f"{c:.0f}" for c in box)
         mask = target["masks"][i].numpy() if "masks" in target else None
-        if min(box) < -1 or box[2] > width + 1 or box[3] > height + 1: yield "box outside of the image", f"{what}: {corners} in {width} x {height} pixels"
+        if min(box) < -1 or box[2] > width + 1 or box[3] > height + 1:
+            yield "box outside of the image", f"{what}: {corners} in {width} x {height} pixels"
         if mask is not None and not mask.any(): yield "empty mask", f"{what}: {corners}"
         elif area < TINY: yield "tiny object", f"{what}: {area:.0f} pixels"
         if mask is not None and mask.any() and _off(box, mask) > 1:
             yield "box off its mask", f"{what}: {corners}, mask within {' '.join(map(str, mask_box(mask)))}"
-    for i, j, iou in _twice(target): yield "object twice", f"objects {i} and {j} share {iou:.0%} of their pixels"
+    for i, j, iou in _twice(target):
+        yield "object twice", f"objects {i} and {j} share {iou:.0%} of their pixels"
 
 # %% ../nbs/00c_inspect.ipynb #77bdb904
 def _rare(counts:Counter, classes:list) -> Iterator[str]:
@@ -52,8 +62,12 @@ def _rare(counts:Counter, classes:list) -> Iterator[str]:
     total = Counter()
     for (_, name), n in counts.items(): total[name] += n
     for name in classes:
-        if total[name] < RARE * total.total() / len(classes): yield f"{name}: {total[name]} of {total.total()} objects"
-        else: yield from (f"{name}: no object in {split}" for split in sorted({s for s, _ in counts}) if not counts[split, name])
+        if total[name] < RARE * total.total() / len(classes):
+            yield f"{name}: {total[name]} of {total.total()} objects"
+        else:
+            yield from (f"{name}: no object in {split}"
+                        for split in sorted({s for s, _ in counts})
+                        if not counts[split, name])
 
 # %% ../nbs/00c_inspect.ipynb #eee608cd
 def inspect_dataset(
@@ -61,8 +75,9 @@ def inspect_dataset(
 ) -> dict:           # counts, sizes, and `findings`: a list of kind, image_id, file_name and text
     "What is in a data set, and everything in it that looks wrong."
     data, findings, seen, counts, areas = InstanceDataset(path), [], {}, Counter(), defaultdict(list)
-    report = dict(path=str(path), classes=data.classes, masks=data.has_masks, images=len(data), splits=Counter(), image_sizes=Counter(),
-                  without_objects=0, crowds=0)
+    report = dict(
+        path=str(path), classes=data.classes, masks=data.has_masks, images=len(data),
+        splits=Counter(), image_sizes=Counter(), without_objects=0, crowds=0)
     for i in tqdm(range(len(data)), "inspect", leave=False, disable=None):
         info = data.info(i)
         where = dict(image_id=info["id"], file_name=info["file_name"])
@@ -72,17 +87,29 @@ def inspect_dataset(
         except ValueError as e:
             findings.append(dict(kind="damaged", **where, text=str(e)))
             continue
-        first = seen.setdefault(hashlib.sha256(str(image.shape).encode() + image.numpy().tobytes()).digest(), info)
-        if first is not info: findings.append(dict(kind="image twice", **where, text=f"the pixels of image {first['id']} ({first['file_name']}, {first['split']})"))
-        findings += [dict(kind=kind, **where, text=text) for kind, text in _odd_objects(target, info["width"], info["height"], data.classes)]
+        first = seen.setdefault(
+            hashlib.sha256(str(image.shape).encode() + image.numpy().tobytes()).digest(), info)
+        if first is not info:
+            findings.append(dict(
+                kind="image twice", **where,
+                text=f"the pixels of image {first['id']} ({first['file_name']}, {first['split']})"))
+        findings += [
+            dict(kind=kind, **where, text=text)
+            for kind, text in _odd_objects(target, info["width"], info["height"], data.classes)]
         report["without_objects"] += not len(target["labels"])
         report["crowds"] += int(target["iscrowd"].sum())
         for label, area in zip(target["labels"].tolist(), target["area"].tolist()):
             counts[info["split"], data.classes[label - 1]] += 1
             areas[data.classes[label - 1]].append(area)
-    findings += [dict(kind="rare class", image_id=None, file_name="", text=text) for text in _rare(counts, data.classes)]
-    objects = {name: dict(count=len(areas[name]), **dict(zip(("smallest", "median", "largest"), np.quantile(areas[name] or [0], (0, 0.5, 1)).tolist())))
-               for name in data.classes}
+    findings += [
+        dict(kind="rare class", image_id=None, file_name="", text=text)
+        for text in _rare(counts, data.classes)]
+    objects = {
+        name: dict(
+            count=len(areas[name]),
+            **dict(zip(("smallest", "median", "largest"),
+                       np.quantile(areas[name] or [0], (0, 0.5, 1)).tolist())))
+        for name in data.classes}
     return report | dict(objects=objects, findings=findings)
 
 # %% ../nbs/00c_inspect.ipynb #1e234df2
@@ -99,9 +126,15 @@ def _draw_image(ax, data:InstanceDataset, i:int) -> None:
         inside = mask.numpy() > 0
         picture[inside] = 0.5 * picture[inside] + 0.5 * np.array(matplotlib.colors.to_rgb(colour))
     ax.imshow(picture, extent=(0, image.shape[2], image.shape[1], 0))
-    for (x1, y1, x2, y2), label, crowd, colour in zip(target["boxes"].tolist(), target["labels"].tolist(), target["iscrowd"].tolist(), colours):
-        ax.add_patch(matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.3, ls=":" if crowd else "-"))
-        ax.text(x1, y1, data.classes[label - 1], color="white", fontsize=6, va="bottom", clip_on=True, bbox=dict(fc=colour, ec="none", pad=0.8))
+    for (x1, y1, x2, y2), label, crowd, colour in zip(
+            target["boxes"].tolist(), target["labels"].tolist(), target["iscrowd"].tolist(), colours):
+        ax.add_patch(matplotlib.patches.Rectangle(
+            (x1, y1), x2 - x1, y2 - y1,
+            fill=False, ec=colour, lw=1.3, ls=":" if crowd else "-"))
+        ax.text(
+            x1, y1, data.classes[label - 1],
+            color="white", fontsize=6, va="bottom", clip_on=True,
+            bbox=dict(fc=colour, ec="none", pad=0.8))
 
 # %% ../nbs/00c_inspect.ipynb #0a9a4318
 def contact_sheet(
@@ -111,7 +144,9 @@ def contact_sheet(
 ) -> Figure:
     "Images with everything that is marked on them; over a suspicious one stands why."
     data = InstanceDataset(path)
-    at, odd = {image_id: i for i, image_id in enumerate(data.image_ids)}, [f for f in findings if f["image_id"] is not None]
+    at, odd = (
+        {image_id: i for i, image_id in enumerate(data.image_ids)},
+        [f for f in findings if f["image_id"] is not None])
     why, one_each = defaultdict(dict), {f["kind"]: at[f["image_id"]] for f in reversed(odd)}
     for f in odd: why[at[f["image_id"]]][f["kind"]] = True
     spread = np.linspace(0, len(data) - 1, min(n, len(data))).round().astype(int).tolist()
@@ -123,5 +158,7 @@ def contact_sheet(
     for ax, i in zip(axes, picked):
         _draw_image(ax, data, i)
         info = data.info(i)
-        ax.set_title(f"{info['id']}: {info['file_name'][-24:]}" + "".join(f"\n{kind}" for kind in why[i]), fontsize=8, color="#d62728" if why[i] else "black")
+        ax.set_title(
+            f"{info['id']}: {info['file_name'][-24:]}" + "".join(f"\n{kind}" for kind in why[i]),
+            fontsize=8, color="#d62728" if why[i] else "black")
     return figure

@@ -46,11 +46,12 @@ def _align_kernel():
             y = tl.minimum(tl.maximum(y, 0.0), rows - 1.0)
             x = tl.minimum(tl.maximum(x, 0.0), columns - 1.0)
             top, left = y.to(tl.int32), x.to(tl.int32)
-            down, right = y - top, x - left                # how far the sample lies from the cell above and left
+            down, right = y - top, x - left                # distance from the cell above and left
             for corner in tl.static_range(4):
                 row = tl.minimum(top + corner // 2, rows - 1)
                 column = tl.minimum(left + corner % 2, columns - 1)
-                weight = share * tl.where(corner // 2 == 1, down, 1 - down) * tl.where(corner % 2 == 1, right, 1 - right)
+                weight = (share * tl.where(corner // 2 == 1, down, 1 - down)
+                          * tl.where(corner % 2 == 1, right, 1 - right))
                 cell = features + (row * columns + column) * C + channel
                 if BACKWARD: tl.atomic_add(cell, weight * value)
                 else: value += weight * tl.load(cell)
@@ -65,7 +66,8 @@ class _RoIAlignByKernel(torch.autograd.Function):
         maps = [m.permute(0, 2, 3, 1).contiguous() for m in maps]
         channels = maps[0].shape[-1]
         out = rois.new_empty(len(rois), bins, bins, channels)
-        if len(rois): _align_kernel()[len(rois), bins * bins](*maps, about, rois, out, channels, bins, 2, False)
+        if len(rois):
+            _align_kernel()[len(rois), bins * bins](*maps, about, rois, out, channels, bins, 2, False)
         ctx.save_for_backward(rois, about)
         ctx.bins, ctx.shapes, ctx.kind = bins, [m.shape for m in maps], maps[0].dtype
         return out.permute(0, 3, 1, 2).to(maps[0].dtype)
@@ -76,18 +78,19 @@ class _RoIAlignByKernel(torch.autograd.Function):
         grad = grad.permute(0, 2, 3, 1).contiguous().to(rois)   # sums in 32 bits
         given = [rois.new_zeros(shape) for shape in ctx.shapes]
         channels, bins = grad.shape[-1], ctx.bins
-        if len(rois): _align_kernel()[len(rois), bins * bins](*given, about, rois, grad, channels, bins, 2, True)
+        if len(rois):
+            _align_kernel()[len(rois), bins * bins](*given, about, rois, grad, channels, bins, 2, True)
         return None, None, None, *(g.permute(0, 3, 1, 2).to(ctx.kind) for g in given)
 
 # %% ../nbs/11b_kernels.ipynb #87ee4f3a
 def roi_align_by_kernel(
-    features:list,               # four maps [batch, channels, rows, columns], finest first, strides powers of 2
+    features:list,               # four maps [batch, channels, rows, columns], finest first
     rois:Float[Tensor, "k 5"],   # image index, x1 y1 x2 y2 in pixels, float32
     output_size:int,             # bins per side
     image_size:tuple,            # height and width of the padded batch, in pixels
     canonical_scale:float=224.,  # a box with sides of this many pixels belongs to level 4
 ) -> Float[Tensor, "k c bins bins"]:
-    "`multiscale_roi_align` with two samples a side of a bin, by a Triton kernel; channels must be a power of 2."
+    "`multiscale_roi_align` with `sampling_ratio` 2, by a Triton kernel; channels must be a power of 2."
     powers = [round(math.log2(image_size[0] / f.shape[-2])) for f in features]
     table = [[i, 2 ** k, *f.shape[-2:]] for i, (f, k) in enumerate(zip(features, powers))]
     level = roi_levels(rois[:, 1:], powers[0], powers[-1], canonical_scale)

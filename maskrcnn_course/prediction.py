@@ -27,14 +27,15 @@ from .mask_rcnn import MaskRCNN
 def _to_8_bits(image:Image.Image) -> Image.Image:
     "A grey picture of 16 or 32 bits a pixel, scaled to 8."
     values = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
-    top = 65535 if image.mode.startswith("I;16") else next((t for t in (1, 255, 65535) if values.max() <= t), values.max())
+    top = 65535 if image.mode.startswith("I;16") else next(
+        (t for t in (1, 255, 65535) if values.max() <= t), values.max())
     return Image.fromarray((values * 255 / top).round().astype(np.uint8))
 
 # %% ../nbs/13_predict.ipynb #7d0ba45f
 def read_photo(
     path:str | Path, # any file that Pillow reads
 ) -> UInt8[Tensor, "3 h w"]:
-    "A photo as people see it: turned as its EXIF notes say, what is transparent on white, 16 bits scaled to 8."
+    "A photo as people see it: turned as its EXIF notes say, transparency on white, 16 bits scaled to 8."
     try:
         with Image.open(path) as file: image = ImageOps.exif_transpose(file)
         if image.mode[0] in "IF": image = _to_8_bits(image)
@@ -42,7 +43,8 @@ def read_photo(
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return tvf.pil_to_tensor(image.convert("RGB"))
-    except Exception as e: raise ValueError(f"{path} cannot be read as a photo: {e}") from e  # decoders raise all kinds
+    except Exception as e:  # decoders raise all kinds
+        raise ValueError(f"{path} cannot be read as a photo: {e}") from e
 
 # %% ../nbs/13_predict.ipynb #6cd0455a
 PHOTOS = frozenset(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .avif .ppm .pgm".split())
@@ -55,16 +57,20 @@ def find_photos(
     found = []
     for path in map(Path, paths):
         if not path.exists(): raise FileNotFoundError(f"{path}: there is no such file or folder")
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTOS and p.name[0] != ".") if path.is_dir() else [path]
-        if not inside: raise FileNotFoundError(f"{path}: no photos in this folder ({' '.join(sorted(PHOTOS))})")
+        inside = sorted(
+            p for p in path.iterdir() if p.suffix.lower() in PHOTOS and p.name[0] != "."
+        ) if path.is_dir() else [path]
+        if not inside:
+            raise FileNotFoundError(f"{path}: no photos in this folder ({' '.join(sorted(PHOTOS))})")
         found += inside
     return found
 
 # %% ../nbs/13_predict.ipynb #f051348e
 def _shrink(model, image):
-    "The photo as floats; one of more than twice the model's size is made small with every pixel counted, and none thinner than a pixel."
+    "The photo as floats; one of more than twice the model's size is reduced, every pixel counted."
     size = model._size(image)
-    if max(image.shape[-2:]) > 2 * max(size) or not min(size): image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
+    if max(image.shape[-2:]) > 2 * max(size) or not min(size):  # no side becomes thinner than a pixel
+        image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
     return tvf.to_dtype(image, torch.float32, scale=True)
 
 # %% ../nbs/13_predict.ipynb #d3e8a7e3
@@ -74,10 +80,11 @@ def predict(
     images:list,         # [3, height, width] each, uint8 or floats in 0...1, of any size
     threshold:float=0.5, # least score
 ) -> list:               # torchvision's dicts, with masks as booleans [n, 1, height, width]
-    "Predictions of at least this score. No mask is made for the others, and each is pasted alone, so that large photos fit."
+    "Predictions of at least this score. Only their masks are made, and pasted one by one: large photos fit."
     batch = model.prepare([_shrink(model, image) for image in images])
     features = model.extract_features(batch)
-    boxes, labels, scores, valid = model.detect(features, model.propose(model.run_rpn(features, batch), batch, train=False), batch)
+    boxes, labels, scores, valid = model.detect(
+        features, model.propose(model.run_rpn(features, batch), batch, train=False), batch)
     valid = valid & (scores >= threshold)
     masks = model.mask_logits(features, (boxes, labels, scores, valid), batch).sigmoid()
     results = []
@@ -85,7 +92,8 @@ def predict(
         (h, w), (box, label, score, mask) = image.shape[-2:], (x[v].cpu() for x in found)
         box = box * (torch.tensor([w, h, w, h]) / size.cpu().flip(0).repeat(2))
         pasted = [paste_masks(m[None], b[None], (h, w))[None] > 0.5 for m, b in zip(mask, box)]
-        results.append(dict(boxes=box, labels=label, scores=score, masks=torch.cat([torch.zeros(0, 1, h, w) > 0, *pasted])))
+        results.append(dict(boxes=box, labels=label, scores=score,
+                            masks=torch.cat([torch.zeros(0, 1, h, w) > 0, *pasted])))
     return results
 
 # %% ../nbs/13_predict.ipynb #beb97935
@@ -115,11 +123,13 @@ def predict_images(
 # %% ../nbs/13_predict.ipynb #c269ff9f
 _FONT = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
 
-def class_colours(labels:Tensor) -> list: return [COLOURS[(label - 1) % len(COLOURS)] for label in labels.tolist()]
+def class_colours(labels:Tensor) -> list:
+    return [COLOURS[(label - 1) % len(COLOURS)] for label in labels.tolist()]
 
 def class_names(result:dict, classes:list) -> list:
     "What is written on each box: the class, and the score in percent if there is one."
-    scores = [f" {100 * s:.0f}" for s in result["scores"].tolist()] if "scores" in result else [""] * len(result["labels"])
+    scores = [f" {100 * s:.0f}" for s in result["scores"].tolist()] if "scores" in result else [
+        ""] * len(result["labels"])
     return [classes[label - 1] + score for label, score in zip(result["labels"].tolist(), scores)]
 
 def _write(image:Tensor, boxes:Tensor, names:list, colours:list, size:int) -> UInt8[Tensor, "3 h w"]:
@@ -151,7 +161,8 @@ def draw(
 ) -> UInt8[Tensor, "3 h w"]:
     "Masks, boxes, names and scores over a photo, in the colour of each class."
     result = {k: result[k].cpu() for k in ("boxes", "labels", "scores", "masks") if k in result}
-    if "scores" in result: result = {k: v[result["scores"] >= threshold].flip(0) for k, v in result.items()}  # the best on top
+    if "scores" in result:  # the best on top
+        result = {k: v[result["scores"] >= threshold].flip(0) for k, v in result.items()}
     unit, colours = min(image.shape[1:]) / 200, class_colours(result["labels"])
     image = draw_masks(image, result)
     if not colours: return image
@@ -165,18 +176,21 @@ def look(
     image:Float[Tensor, "3 h w"], # 0...1
     target:dict,                  # what there is to find
     before:int=20,                # boxes of the box head to show
-) -> dict:                        # anchors [n, 4]; proposals [n, 4], best first; iou [n]; before, after: predictions
+) -> dict:                        # anchors, proposals (best first), iou [n]; predictions before and after NMS
     "One photo seen stage by stage, all in its own coordinates."
     stages, s, goal = model.stages([image]), model.settings, model.prepare([image], [target]).targets
     batch, p, anchors = stages["batch"], stages["proposals"], torch.cat(stages["anchors"])
     scale = (torch.tensor(image.shape[-2:]).to(batch.sizes) / batch.sizes[0]).flip(0).repeat(2)
-    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"], s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
+    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"],
+                                          s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
     proposals = p["boxes"][0, p["valid"][0]]
-    logits, deltas = (x[0, p["valid"][0]] for x in model.run_box_head(stages["features"], p["boxes"], p["valid"], batch))
+    logits, deltas = (x[0, p["valid"][0]]
+                      for x in model.run_box_head(stages["features"], p["boxes"], p["valid"], batch))
     scores = logits.softmax(-1)[:, 1:]
     best, index = scores.flatten().topk(min(before, scores.numel()))
     row, label = index // scores.shape[1], index % scores.shape[1] + 1
-    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], s.bbox_reg_weights)[None], batch.sizes)[0]
+    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], s.bbox_reg_weights)[None],
+                       batch.sizes)[0]
     iou = box_iou(proposals, goal["boxes"][0]).amax(1)
     return dict(anchors=anchors[labels[0] == 1] * scale, proposals=proposals * scale, iou=iou,
                 before=dict(boxes=boxes * scale, labels=label, scores=best), after=stages["predictions"][0])
@@ -193,9 +207,10 @@ def write_results(
 
 # %% ../nbs/13_predict.ipynb #8e9172ac
 def _frames(container) -> Iterator[tuple]:
-    "((presentation time, time base), frame uint8 [3, height, width]) of a video, upright and with even sides."
+    "((time, time base), frame uint8 [3, height, width]) of a video, upright and with even sides."
     for frame in container.decode(video=0):
-        image = torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")), frame.rotation // 90).permute(2, 0, 1)
+        image = torch.rot90(torch.from_numpy(frame.to_ndarray(format="rgb24")),
+                            frame.rotation // 90).permute(2, 0, 1)
         yield (frame.pts, frame.time_base), image[:, :image.shape[1] // 2 * 2, :image.shape[2] // 2 * 2]
 
 # %% ../nbs/13_predict.ipynb #e4b9c035
@@ -214,9 +229,11 @@ def predict_video(
     try:
         with (atomic_write(out) as part, av.open(str(source)) as container,
               av.open(str(part), "w", format="mp4") as new):
-            if not container.streams.video: raise ValueError(f"{source}: there is no picture in this file, only sound")
+            if not container.streams.video:
+                raise ValueError(f"{source}: there is no picture in this file, only sound")
             video, stream = container.streams.video[0], None
-            frames = tqdm(_frames(container), Path(source).name, video.frames or None, leave=False, disable=None)
+            frames = tqdm(_frames(container), Path(source).name, video.frames or None,
+                          leave=False, disable=None)
             for (pts, time_base), image, prediction in _predictions(model, frames, batch_size, threshold):
                 if stream is None:
                     stream = new.add_stream("libx264", rate=video.average_rate, options={"crf": "20"})

@@ -29,7 +29,8 @@ def metrics_table(
     columns = [(k, ap) for k, _ in kinds for ap in ("AP", "AP50", "AP75")]
     number = lambda v: f"{v:.3f}" if v >= 0 else "–"
     rows = {"all": {k: metrics[k] for k, _ in kinds}}
-    for name in metrics[kinds[0][0]]["per_class"]: rows[name] = {k: metrics[k]["per_class"][name] for k, _ in kinds}
+    for name in metrics[kinds[0][0]]["per_class"]:
+        rows[name] = {k: metrics[k]["per_class"][name] for k, _ in kinds}
     return [["", *(f"{name} {ap}" for _, name in kinds for ap in ("AP", "AP50", "AP75"))],
             *([name, *(number(row[k][ap]) for k, ap in columns)] for name, row in rows.items())]
 
@@ -42,14 +43,18 @@ def _uri(image:Tensor) -> str:
 
 # %% ../nbs/13b_report.ipynb #673dd6d1
 def _panel(caption:str, size:tuple, layers:list, picture:str="") -> str:
-    "A figure of boxes over a picture; a layer is (boxes, a colour for each, a name for each or None, CSS class)."
+    "A figure of boxes over a picture; a layer is (boxes, their colours, their names or None, CSS class)."
     (h, w), shapes = size, []
     for boxes, colours, names, kind in layers:
         for (x1, y1, x2, y2), colour, name in zip(boxes.tolist(), colours, names or [""] * len(boxes)):
-            shapes.append(f'<rect class="{kind}" x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" stroke="{colour}"/>')
-            if name: shapes.append(f'<text x="{x1 + 2:.1f}" y="{max(y1, 0) + w / 26:.1f}" font-size="{w / 28:.1f}" stroke="{colour}">{html.escape(name)}</text>')
+            shapes.append(f'<rect class="{kind}" x="{x1:.1f}" y="{y1:.1f}" '
+                          f'width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" stroke="{colour}"/>')
+            if not name: continue
+            shapes.append(f'<text x="{x1 + 2:.1f}" y="{max(y1, 0) + w / 26:.1f}" font-size="{w / 28:.1f}" '
+                          f'stroke="{colour}">{html.escape(name)}</text>')
     style = f' style="--photo:url({picture})"' if picture else ""
-    return f'<figure><svg viewBox="0 0 {w} {h}"{style}>{"".join(shapes)}</svg><figcaption>{caption}</figcaption></figure>'
+    return (f'<figure><svg viewBox="0 0 {w} {h}"{style}>{"".join(shapes)}</svg>'
+            f'<figcaption>{caption}</figcaption></figure>')
 
 # %% ../nbs/13b_report.ipynb #d36542f8
 GREEN, BLUE, GREY = "#2ca02c", "#1f77b4", "#9a9a9a"  # ground truth, anchors and proposals, the rest
@@ -62,43 +67,81 @@ def _story(model, image, target, name, classes) -> str:
     order = range(min(50, len(seen["iou"])) - 1, -1, -1)  # the best on top
     order = sorted(order, key=lambda i: seen["iou"][i].item() > 0.5)
     good = [BLUE if seen["iou"][i] > 0.5 else GREY for i in order]
+    names = class_names({"labels": target["labels"]}, classes)
+    named = target["boxes"], class_colours(target["labels"]), names, "thick"
+    anchors = seen["anchors"], [BLUE] * len(seen["anchors"]), None, "dots"
+    proposals = seen["proposals"][list(order)], good, None, ""
+    before = seen["before"]["boxes"], class_colours(seen["before"]["labels"]), None, "dots"
+    found = after["boxes"], class_colours(after["labels"]), class_names(after, classes), "thick"
     panels = [
-        _panel("Ground truth", size, [(target["boxes"], class_colours(target["labels"]), class_names({"labels": target["labels"]}, classes), "thick")],
-               _uri(draw_masks(image, target))),
-        _panel(f"<b>1</b> {len(seen['anchors'])} anchors matched to it", size, [(seen["anchors"], [BLUE] * len(seen["anchors"]), None, "dots"), truth]),
-        _panel(f"<b>2</b> {len(order)} best proposals, {good.count(BLUE)} with IoU over 0.5", size, [(seen["proposals"][list(order)], good, None, ""), truth]),
-        _panel(f"<b>3</b> {len(seen['before']['boxes'])} best boxes before suppression", size, [(seen["before"]["boxes"], class_colours(seen["before"]["labels"]), None, "dots")]),
-        _panel(f"<b>4</b> {len(after['boxes'])} boxes after it, score from 50", size, [(after["boxes"], class_colours(after["labels"]), class_names(after, classes), "thick")]),
+        _panel("Ground truth", size, [named], _uri(draw_masks(image, target))),
+        _panel(f"<b>1</b> {len(seen['anchors'])} anchors matched to it", size, [anchors, truth]),
+        _panel(f"<b>2</b> {len(order)} best proposals, {good.count(BLUE)} with IoU over 0.5", size,
+               [proposals, truth]),
+        _panel(f"<b>3</b> {len(seen['before']['boxes'])} best boxes before suppression", size, [before]),
+        _panel(f"<b>4</b> {len(after['boxes'])} boxes after it, score from 50", size, [found]),
         *([_panel("<b>5</b> Masks", size, [], _uri(draw_masks(image, after)))] if "masks" in target else []),
     ]
-    return f'<h3>{html.escape(name)}</h3><div class="row" style="--photo:url({_uri(draw_masks(image, {"labels": []}))})">{"".join(panels)}</div>'
+    photo = _uri(draw_masks(image, {"labels": []}))
+    return (f'<h3>{html.escape(name)}</h3>'
+            f'<div class="row" style="--photo:url({photo})">{"".join(panels)}</div>')
 
 # %% ../nbs/13b_report.ipynb #992070fb
 _PAGE = string.Template("""<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>$title</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>$title</title>
 <style>
-:root { color-scheme: light dark; --ink: light-dark(#1d1f21, #e4e4e2); --soft: light-dark(#6b6f74, #9b9fa4); --line: light-dark(#e2e2df, #34373a); --paper: light-dark(#fff, #17191b); --card: light-dark(#f7f7f5, #1f2224) }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 5rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
-h1 { font-size: 2rem; line-height: 1.2; margin: 0 } h2 { font-size: 1.25rem; margin: 3rem 0 .75rem } h3 { font-size: 1rem; font-weight: 500; margin: 2rem 0 .5rem }
-p, figcaption, dt { color: var(--soft) } p { margin: .25rem 0 1rem; max-width: 44rem }
-dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem; margin: 1.75rem 0 0 }
-.tiles div { background: var(--card); border-radius: .5rem; padding: .75rem 1rem } dt { font-size: .85rem } dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .4rem 1.1rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap } th { font-weight: 500; color: var(--soft) }
-th:first-child, td:first-child { text-align: left } .plain td { text-align: left; white-space: normal; overflow-wrap: anywhere }
-.plot svg { width: 100%; min-width: 46rem; height: auto } @media (prefers-color-scheme: dark) { .plot svg { filter: invert(.9) hue-rotate(180deg) } }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem 1rem } figure { margin: 0 } figcaption { font-size: .85rem; margin-top: .3rem } figcaption b { color: var(--ink); margin-right: .3rem }
+:root { color-scheme: light dark; --ink: light-dark(#1d1f21, #e4e4e2);
+  --soft: light-dark(#6b6f74, #9b9fa4); --line: light-dark(#e2e2df, #34373a);
+  --paper: light-dark(#fff, #17191b); --card: light-dark(#f7f7f5, #1f2224) }
+body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1.25rem 5rem;
+  font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper) }
+h1 { font-size: 2rem; line-height: 1.2; margin: 0 }
+h2 { font-size: 1.25rem; margin: 3rem 0 .75rem }
+h3 { font-size: 1rem; font-weight: 500; margin: 2rem 0 .5rem }
+p, figcaption, dt { color: var(--soft) }
+p { margin: .25rem 0 1rem; max-width: 44rem }
+dl.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem;
+  margin: 1.75rem 0 0 }
+.tiles div { background: var(--card); border-radius: .5rem; padding: .75rem 1rem }
+dt { font-size: .85rem }
+dd { margin: 0; font-size: 1.5rem; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem 1.1rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap }
+th { font-weight: 500; color: var(--soft) }
+th:first-child, td:first-child { text-align: left }
+.plain td { text-align: left; white-space: normal; overflow-wrap: anywhere }
+.plot svg { width: 100%; min-width: 46rem; height: auto }
+@media (prefers-color-scheme: dark) { .plot svg { filter: invert(.9) hue-rotate(180deg) } }
+.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr));
+  gap: 1rem 1rem }
+figure { margin: 0 }
+figcaption { font-size: .85rem; margin-top: .3rem }
+figcaption b { color: var(--ink); margin-right: .3rem }
 figure svg { display: block; width: 100%; border-radius: .375rem; background: var(--photo) 0 / 100% 100% }
-figure rect { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke } figure .thick { stroke-width: 2.5 } figure .dots { stroke-width: 2; stroke-dasharray: 2 3 }
-figure text { fill: #fff; stroke-width: 3; paint-order: stroke; stroke-linejoin: round; font-weight: 600 } details { margin-top: 1rem } summary { cursor: pointer; color: var(--soft) }
-.key { display: inline-block; margin-right: .9em } .key i { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .3em }
+figure rect { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke }
+figure .thick { stroke-width: 2.5 }
+figure .dots { stroke-width: 2; stroke-dasharray: 2 3 }
+figure text { fill: #fff; stroke-width: 3; paint-order: stroke; stroke-linejoin: round; font-weight: 600 }
+details { margin-top: 1rem }
+summary { cursor: pointer; color: var(--soft) }
+.key { display: inline-block; margin-right: .9em }
+.key i { display: inline-block; width: .8em; height: .8em; border-radius: .2em; margin-right: .3em }
 </style>
 <h1>$title</h1><p>$lead</p><dl class="tiles">$tiles</dl>
-<h2>How it learnt</h2><p>Each loss over the epochs of its stage: training solid, validation dashed.</p><div class="scroll plot">$curves</div>
-<h2>How well it finds</h2><p>Average precision on the validation images; 1 is perfect.</p><div class="scroll">$precision</div>
-<p style="margin-top:1.5rem">Share of the objects that one of the first proposals of their image covers with an IoU of 0.5 or more.</p><div class="scroll">$recall</div>
-<h2>What each stage saw</h2><p>Validation images; before suppression dotted, after it solid.<br>$keys</p>$stories
-<h2>Settings</h2><div class="scroll plain">$settings</div><details><summary>Every number of the model</summary><div class="scroll plain">$numbers</div></details>
+<h2>How it learnt</h2><p>Each loss over the epochs of its stage: training solid, validation dashed.</p>
+<div class="scroll plot">$curves</div>
+<h2>How well it finds</h2><p>Average precision on the validation images; 1 is perfect.</p>
+<div class="scroll">$precision</div>
+<p style="margin-top:1.5rem">
+Share of the objects that one of the first proposals of their image covers with an IoU of 0.5 or more.</p>
+<div class="scroll">$recall</div>
+<h2>What each stage saw</h2>
+<p>Validation images; before suppression dotted, after it solid.<br>$keys</p>$stories
+<h2>Settings</h2><div class="scroll plain">$settings</div>
+<details><summary>Every number of the model</summary><div class="scroll plain">$numbers</div></details>
 </html>
 """)
 
@@ -107,12 +150,14 @@ def _table(rows:Iterable) -> str:
     "Rows of anything as an HTML table; the first is the head if its first entry is empty."
     rows = [[html.escape(str(v)) for v in row] for row in rows]
     tags = ["td" if row[0] else "th" for row in rows]
-    return "<table>" + "".join("<tr>" + "".join(f"<{t}>{v}</{t}>" for v in row) for t, row in zip(tags, rows)) + "</table>"
+    lines = ["<tr>" + "".join(f"<{t}>{v}</{t}>" for v in row) for t, row in zip(tags, rows)]
+    return f"<table>{''.join(lines)}</table>"
 
 def _curves(history:list) -> str:
     "The plot of all losses as SVG."
     file = StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}): plot_history(history).savefig(file, format="svg", transparent=True)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_history(history).savefig(file, format="svg", transparent=True)
     return file.getvalue()[file.getvalue().index("<svg"):]
 
 # %% ../nbs/13b_report.ipynb #f46f2a81
@@ -125,20 +170,32 @@ def write_report(
     metrics:dict,            # of `evaluate_model`; with "seconds" also the time of training
     n:int=6,                 # images to show
 ) -> Path:
-    "Write `report.html`, one file that needs no other: settings, curves, AP, and what every stage saw of a few images."
+    "Write `report.html`, one file with everything in it: settings, curves, AP, what each stage saw."
     out, s = Path(out), model.settings
     settings = json.loads((out / "settings.json").read_text()) if (out / "settings.json").is_file() else {}
-    recall = {str(k): f"{v:.3f}" for k, v in metrics["rpn"]["recall"].items()}  # through JSON its keys become strings
-    tiles = {f"{name} {ap}": f"{metrics[kind][ap]:.3f}" for kind, name in (("bbox", "box"), ("segm", "mask")) if kind in metrics for ap in ("AP", "AP50")}
-    tiles |= {"RPN accuracy": f"{metrics['rpn']['accuracy']:.3f}", "recall of 100": recall["100"]} | ({"training": f"{metrics['seconds'] / 60:.1f} min"} if "seconds" in metrics else {})
+    recall = {str(k): f"{v:.3f}" for k, v in metrics["rpn"]["recall"].items()}  # JSON makes its keys strings
+    kinds = [(kind, name) for kind, name in (("bbox", "box"), ("segm", "mask")) if kind in metrics]
+    tiles = {f"{name} {ap}": f"{metrics[kind][ap]:.3f}" for kind, name in kinds for ap in ("AP", "AP50")}
+    tiles |= {"RPN accuracy": f"{metrics['rpn']['accuracy']:.3f}", "recall of 100": recall["100"]}
+    if "seconds" in metrics: tiles["training"] = f"{metrics['seconds'] / 60:.1f} min"
     picked = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).round().long().tolist()
-    stories = [_story(model, *dataset[i], dataset.info(i)["file_name"], classes) for i in tqdm(picked, "report", leave=False, disable=None)]
-    keys = [*zip(classes, COLOURS * len(classes)), ("ground truth", GREEN), ("anchors and proposals", BLUE), ("proposals with IoU up to 0.5", GREY)]
+    stories = [_story(model, *dataset[i], dataset.info(i)["file_name"], classes)
+               for i in tqdm(picked, "report", leave=False, disable=None)]
+    keys = [*zip(classes, COLOURS * len(classes)), ("ground truth", GREEN),
+            ("anchors and proposals", BLUE), ("proposals with IoU up to 0.5", GREY)]
+    lead = (f"Mask R-CNN, {len(dataset)} validation images of {dataset.path.name}, "
+            f"classes {', '.join(classes)}")
+    legend = [f'<span class="key"><i style="background:{c}"></i>{html.escape(k)}</span>' for k, c in keys]
     page = _PAGE.substitute(
-        title=html.escape(out.resolve().name), lead=html.escape(f"Mask R-CNN, {len(dataset)} validation images of {dataset.path.name}, classes {', '.join(classes)}"),
-        tiles="".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items()), curves=_curves(history) if history else "",
-        precision=_table(metrics_table(metrics)), recall=_table([["", *recall], ["recall", *recall.values()]]),
-        keys="".join(f'<span class="key"><i style="background:{c}"></i>{html.escape(k)}</span>' for k, c in keys), stories="".join(stories),
-        settings=_table({**settings, **metrics.get("machine", {})}.items()), numbers=_table(asdict(s).items()))
+        title=html.escape(out.resolve().name),
+        lead=html.escape(lead),
+        tiles="".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items()),
+        curves=_curves(history) if history else "",
+        precision=_table(metrics_table(metrics)),
+        recall=_table([["", *recall], ["recall", *recall.values()]]),
+        keys="".join(legend),
+        stories="".join(stories),
+        settings=_table({**settings, **metrics.get("machine", {})}.items()),
+        numbers=_table(asdict(s).items()))
     with atomic_write(out / "report.html") as part: part.write_text(page, encoding="utf-8")
     return out / "report.html"

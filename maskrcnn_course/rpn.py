@@ -119,9 +119,9 @@ def filter_proposals(
     score_thresh:float=0.0,         # lowest probability of an object
     min_size:float=1e-3,            # shortest side, in pixels
 ) -> tuple[Float[Tensor, "batch n 4"], Float[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """The best boxes of each image with their probabilities, best first, padded; `valid` tells which are real.
+    """The best boxes of each image with their probabilities, best first, padded; `valid`: which are real.
 
-    A box or logit that is not a number is dropped. An infinite logit is a probability of 1, and its box is kept.
+    A box or logit that is not a number is dropped; an infinite logit is a probability of 1.
     """
     boxes, scores, n = [], [], min(pre_nms_top_n, max(o.shape[1] for o in objectness))
     for o, d, a in zip(objectness, deltas, anchors):

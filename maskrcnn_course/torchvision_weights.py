@@ -16,7 +16,8 @@ from .mask_rcnn import MaskRCNN, Settings
 
 # %% ../nbs/10b_torchvision.ipynb #385d64f2
 _RENAMED = {  # the start of a weight's name here: there; the first that fits counts
-    "rpn_head.": "rpn.head.", "box_head.convs.": "roi_heads.box_head.", "box_head.": "roi_heads.box_predictor.",
+    "rpn_head.": "rpn.head.",
+    "box_head.convs.": "roi_heads.box_head.", "box_head.": "roi_heads.box_predictor.",
     "mask_head.convs.": "roi_heads.mask_head.", "mask_head.": "roi_heads.mask_predictor.",
 }
 
@@ -33,9 +34,13 @@ def torchvision_name(
     "The name of the same weight in torchvision's Mask R-CNN."
     if name.startswith("box_head.fcs."):
         _, _, i, kind = name.split(".")
-        layer = f"fc{6 + int(i)}" if _has_plain_box_head(settings) else len(settings.box_layers) + 1 + 2 * int(i)
+        layer = (
+            f"fc{6 + int(i)}" if _has_plain_box_head(settings)
+            else len(settings.box_layers) + 1 + 2 * int(i))
         return f"roi_heads.box_head.{layer}.{kind}"
-    return next((there + name.removeprefix(here) for here, there in _RENAMED.items() if name.startswith(here)), name)
+    return next(
+        (there + name.removeprefix(here) for here, there in _RENAMED.items() if name.startswith(here)),
+        name)
 
 # %% ../nbs/10b_torchvision.ipynb #b67d7bf0
 def _settings_of(tv_model):
@@ -44,18 +49,29 @@ def _settings_of(tv_model):
     pool, convs = roi.box_roi_pool, [m for m in roi.box_head.modules() if isinstance(m, nn.Conv2d)]
     return dict(
         min_size=t.min_size[0] if len(t.min_size) == 1 else tuple(t.min_size), max_size=t.max_size,
-        fixed_size=t.fixed_size and tuple(t.fixed_size), size_divisible=t.size_divisible, image_mean=tuple(t.image_mean), image_std=tuple(t.image_std),
-        anchor_sizes=tuple(map(tuple, rpn.anchor_generator.sizes)), aspect_ratios=tuple(map(tuple, rpn.anchor_generator.aspect_ratios)),
+        fixed_size=t.fixed_size and tuple(t.fixed_size), size_divisible=t.size_divisible,
+        image_mean=tuple(t.image_mean), image_std=tuple(t.image_std),
+        anchor_sizes=tuple(map(tuple, rpn.anchor_generator.sizes)),
+        aspect_ratios=tuple(map(tuple, rpn.anchor_generator.aspect_ratios)),
         rpn_conv_depth=len(rpn.head.conv),
-        **{f"rpn_{k}_top_n_{part}": getattr(rpn, f"_{k}_top_n")[f"{part}ing"] for k in ("pre_nms", "post_nms") for part in ("train", "test")},
+        **{
+            f"rpn_{k}_top_n_{part}": getattr(rpn, f"_{k}_top_n")[f"{part}ing"]
+            for k in ("pre_nms", "post_nms")
+            for part in ("train", "test")},
         rpn_nms_thresh=rpn.nms_thresh, rpn_score_thresh=rpn.score_thresh,
-        rpn_fg_iou_thresh=rpn.proposal_matcher.high_threshold, rpn_bg_iou_thresh=rpn.proposal_matcher.low_threshold,
-        rpn_batch_size_per_image=rpn.fg_bg_sampler.batch_size_per_image, rpn_positive_fraction=rpn.fg_bg_sampler.positive_fraction,
-        box_score_thresh=roi.score_thresh, box_nms_thresh=roi.nms_thresh, box_detections_per_img=roi.detections_per_img,
-        box_fg_iou_thresh=roi.proposal_matcher.high_threshold, box_bg_iou_thresh=roi.proposal_matcher.low_threshold,
-        box_batch_size_per_image=roi.fg_bg_sampler.batch_size_per_image, box_positive_fraction=roi.fg_bg_sampler.positive_fraction,
+        rpn_fg_iou_thresh=rpn.proposal_matcher.high_threshold,
+        rpn_bg_iou_thresh=rpn.proposal_matcher.low_threshold,
+        rpn_batch_size_per_image=rpn.fg_bg_sampler.batch_size_per_image,
+        rpn_positive_fraction=rpn.fg_bg_sampler.positive_fraction,
+        box_score_thresh=roi.score_thresh, box_nms_thresh=roi.nms_thresh,
+        box_detections_per_img=roi.detections_per_img,
+        box_fg_iou_thresh=roi.proposal_matcher.high_threshold,
+        box_bg_iou_thresh=roi.proposal_matcher.low_threshold,
+        box_batch_size_per_image=roi.fg_bg_sampler.batch_size_per_image,
+        box_positive_fraction=roi.fg_bg_sampler.positive_fraction,
         bbox_reg_weights=tuple(roi.box_coder.weights), sampling_ratio=pool.sampling_ratio,
-        canonical_scale=float(pool.canonical_scale * 2.0 ** (4 - pool.canonical_level)),  # where level 4 would begin
+        # where level 4 would begin
+        canonical_scale=float(pool.canonical_scale * 2.0 ** (4 - pool.canonical_level)),
         box_output_size=pool.output_size[0], mask_output_size=roi.mask_roi_pool.output_size[0],
         box_layers=tuple(m.out_channels for m in convs), head_norm=len(roi.mask_head[0]) == 3,
         box_hidden=tuple(m.out_features for m in roi.box_head.modules() if isinstance(m, nn.Linear)),
@@ -66,51 +82,76 @@ def _without_counterpart(tv_model):
     "What of this torchvision model ours cannot be, in words."
     roi, maps = tv_model.roi_heads, getattr(tv_model.backbone.body, "return_layers", {})
     box, mask = pools = roi.box_roi_pool, roi.mask_roi_pool
-    if not isinstance(tv_model.backbone.fpn.extra_blocks, LastLevelMaxPool): yield "a last level that is not the max pool of the one before"
-    if set(maps.values()) - set(box.featmap_names) or "pool" in box.featmap_names: yield "RoIs that are not taken from all levels but the last"
+    if not isinstance(tv_model.backbone.fpn.extra_blocks, LastLevelMaxPool):
+        yield "a last level that is not the max pool of the one before"
+    if set(maps.values()) - set(box.featmap_names) or "pool" in box.featmap_names:
+        yield "RoIs that are not taken from all levels but the last"
     if any(a != b for a, b in (p.output_size for p in pools)): yield "RoI features that are not square"
-    if any(getattr(box, k) != getattr(mask, k) for k in ("featmap_names", "sampling_ratio", "canonical_scale", "canonical_level")):
+    if any(
+        getattr(box, k) != getattr(mask, k)
+        for k in ("featmap_names", "sampling_ratio", "canonical_scale", "canonical_level")
+    ):
         yield "RoI poolers of the two heads that differ in more than their output size"
     if any(layer[0].dilation != (1, 1) for layer in roi.mask_head): yield "a dilated mask head"
     if roi.has_keypoint(): yield "a keypoint head"
-    if len(set(tv_model.rpn.anchor_generator.num_anchors_per_location())) > 1: yield "levels with different numbers of anchors"
+    if len(set(tv_model.rpn.anchor_generator.num_anchors_per_location())) > 1:
+        yield "levels with different numbers of anchors"
 
 # %% ../nbs/10b_torchvision.ipynb #aa2a1a1f
 def _check_weights(ours, theirs):
-    "A ValueError that names the weights which do not fit: `ours` and `theirs` from names, both torchvision's, to tensors."
-    odd = [f"{k} (missing there)" for k in ours.keys() - theirs.keys()] + [f"{k} (missing here)" for k in theirs.keys() - ours.keys()]
-    odd += [f"{k} ({list(theirs[k].shape)} there, {list(v.shape)} here)" for k, v in ours.items() if k in theirs and v.shape != theirs[k].shape]
+    "A ValueError that names the weights which do not fit; `ours` and `theirs`: torchvision's name to tensor."
+    odd = (
+        [f"{k} (missing there)" for k in ours.keys() - theirs.keys()]
+        + [f"{k} (missing here)" for k in theirs.keys() - ours.keys()])
+    odd += [
+        f"{k} ({list(theirs[k].shape)} there, {list(v.shape)} here)"
+        for k, v in ours.items()
+        if k in theirs and v.shape != theirs[k].shape]
     if odd: raise ValueError(f"{len(odd)} weights do not fit: {', '.join(sorted(odd))}")
+
+# %% ../nbs/10b_torchvision.ipynb #9753120b
+def _widths_and_norms(fpn) -> tuple[list, list]:
+    "Channels of the maps that a pyramid, ours or torchvision's, takes; the class of its norm, if it has one."
+    blocks = fpn.inner_blocks
+    return [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
 
 # %% ../nbs/10b_torchvision.ipynb #0a483106
 def from_torchvision(
-    tv_model:nn.Module, # torchvision's MaskRCNN on a feature pyramid, such as maskrcnn_resnet50_fpn or maskrcnn_resnet50_fpn_v2
+    tv_model:nn.Module, # torchvision's MaskRCNN on a feature pyramid, like maskrcnn_resnet50_fpn or its _v2
 ) -> MaskRCNN:
-    "The same model with the same weights, in the same mode: same answers. ValueError for what has no counterpart here."
+    "The same model, weights and mode: same answers. ValueError for what has no counterpart here."
     try:
         body, settings = copy.deepcopy(tv_model.backbone.body), _settings_of(tv_model)
-        blocks = tv_model.backbone.fpn.inner_blocks
-        widths, norms = [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
+        widths, norms = _widths_and_norms(tv_model.backbone.fpn)
         num_classes = tv_model.roi_heads.box_predictor.cls_score.out_features
-        if missing := list(_without_counterpart(tv_model)): raise ValueError(f"this torchvision model has {' and '.join(missing)}; ours cannot")
+        if missing := list(_without_counterpart(tv_model)):
+            raise ValueError(f"this torchvision model has {' and '.join(missing)}; ours cannot")
     except (AttributeError, TypeError, IndexError) as e:
         raise ValueError(f"this is not a torchvision Mask R-CNN such as maskrcnn_resnet50_fpn: {e}") from e
     body = Body(body, list(body.return_layers)) if hasattr(body, "return_layers") else body
-    frozen_norm = getattr(tv_model.backbone, "frozen_norm", False)  # only a model that went there from here has it
-    model = MaskRCNN(Backbone(body, widths, tv_model.backbone.out_channels, *norms[:1], frozen_norm=frozen_norm), num_classes, **settings)
-    theirs, names = tv_model.state_dict(), {name: torchvision_name(name, model.settings) for name in model.state_dict()}
+    # only a model that went there from here has it
+    frozen_norm = getattr(tv_model.backbone, "frozen_norm", False)
+    model = MaskRCNN(
+        Backbone(body, widths, tv_model.backbone.out_channels, *norms[:1], frozen_norm=frozen_norm),
+        num_classes,
+        **settings)
+    theirs, names = (
+        tv_model.state_dict(),
+        {name: torchvision_name(name, model.settings) for name in model.state_dict()})
     _check_weights({names[k]: v for k, v in model.state_dict().items()}, theirs)
-    model.to(next(tv_model.parameters())).load_state_dict({ours: theirs[there] for ours, there in names.items()})
-    for name, weight in model.named_parameters(): weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
+    model.to(next(tv_model.parameters())).load_state_dict(
+        {ours: theirs[there] for ours, there in names.items()})
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(tv_model.get_parameter(names[name]).requires_grad)
     return model.train(tv_model.training)
 
 # %% ../nbs/10b_torchvision.ipynb #74027cc2
 class _TorchvisionBackbone(Backbone):
     "Our body under torchvision's pyramid."
     def __init__(self, backbone):
-        blocks = backbone.fpn.inner_blocks
-        widths, norms = [block[0].in_channels for block in blocks], [type(layer) for layer in list(blocks[0])[1:]]
-        super().__init__(copy.deepcopy(backbone.body), widths, backbone.out_channels, frozen_norm=backbone.frozen_norm)
+        widths, norms = _widths_and_norms(backbone.fpn)
+        super().__init__(
+            copy.deepcopy(backbone.body), widths, backbone.out_channels, frozen_norm=backbone.frozen_norm)
         unfold_norms(self.body)
         self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool(), *norms)
 
@@ -120,40 +161,62 @@ class _TorchvisionBackbone(Backbone):
 def to_torchvision(
     model:MaskRCNN,
 ) -> nn.Module:
-    "torchvision's Mask R-CNN with the same weights and settings, in the same mode; its masks have no say in the boxes, and it looks once, at one size."
+    """torchvision's Mask R-CNN with the same weights and settings, in the same mode;
+    its masks have no say in the boxes, and it looks once, at one size."""
     from torchvision.models.detection import MaskRCNN as Peer, faster_rcnn as boxes, rpn, mask_rcnn as masks
     s, given = model.settings, dict(vars(model.settings))
-    for name in ("anchor_sizes", "aspect_ratios", "rpn_conv_depth", "canonical_scale", "sampling_ratio", "box_output_size", "mask_output_size",
-                 "box_layers", "box_hidden", "mask_layers", "head_norm", "mask_box_weight", "flip_test", "scale_test"): del given[name]  # parts below; the rest are arguments there
+    # these are settings of the parts below; the rest are arguments there
+    for name in (
+        "anchor_sizes", "aspect_ratios", "rpn_conv_depth", "canonical_scale", "sampling_ratio",
+        "box_output_size", "mask_output_size", "box_layers", "box_hidden", "mask_layers", "head_norm",
+        "mask_box_weight", "flip_test", "scale_test",
+    ):
+        del given[name]
     given.update(image_mean=list(s.image_mean), image_std=list(s.image_std))
     channels, norm = model.backbone.out_channels, nn.BatchNorm2d if s.head_norm else None
-    levels, scale = [str(i) for i in range(len(s.anchor_sizes) - 1)], int(s.canonical_scale) if s.canonical_scale % 1 == 0 else s.canonical_scale
-    def pool(size): return torchvision.ops.MultiScaleRoIAlign(levels, size, s.sampling_ratio, canonical_scale=scale)
-    if _has_plain_box_head(s): head = boxes.TwoMLPHead(channels * s.box_output_size ** 2, s.box_hidden[0])
-    else: head = boxes.FastRCNNConvFCHead((channels, s.box_output_size, s.box_output_size), s.box_layers, s.box_hidden, norm)
+    levels, scale = (
+        [str(i) for i in range(len(s.anchor_sizes) - 1)],
+        int(s.canonical_scale) if s.canonical_scale % 1 == 0 else s.canonical_scale)
+    def pool(size):
+        return torchvision.ops.MultiScaleRoIAlign(levels, size, s.sampling_ratio, canonical_scale=scale)
+    if _has_plain_box_head(s):
+        head = boxes.TwoMLPHead(channels * s.box_output_size ** 2, s.box_hidden[0])
+    else:
+        head = boxes.FastRCNNConvFCHead(
+            (channels, s.box_output_size, s.box_output_size), s.box_layers, s.box_hidden, norm)
     anchors = rpn.AnchorGenerator(s.anchor_sizes, s.aspect_ratios)
-    peer = Peer(_TorchvisionBackbone(model.backbone), rpn_anchor_generator=anchors,
-                rpn_head=rpn.RPNHead(channels, anchors.num_anchors_per_location()[0], s.rpn_conv_depth),
-                box_roi_pool=pool(s.box_output_size), box_head=head, box_predictor=boxes.FastRCNNPredictor(s.box_hidden[-1], model.num_classes),
-                mask_roi_pool=pool(s.mask_output_size), mask_head=masks.MaskRCNNHeads(channels, s.mask_layers, 1, norm),
-                mask_predictor=masks.MaskRCNNPredictor(s.mask_layers[-1], s.mask_layers[-1], model.num_classes), **given)
+    peer = Peer(
+        _TorchvisionBackbone(model.backbone),
+        rpn_anchor_generator=anchors,
+        rpn_head=rpn.RPNHead(channels, anchors.num_anchors_per_location()[0], s.rpn_conv_depth),
+        box_roi_pool=pool(s.box_output_size),
+        box_head=head,
+        box_predictor=boxes.FastRCNNPredictor(s.box_hidden[-1], model.num_classes),
+        mask_roi_pool=pool(s.mask_output_size),
+        mask_head=masks.MaskRCNNHeads(channels, s.mask_layers, 1, norm),
+        mask_predictor=masks.MaskRCNNPredictor(s.mask_layers[-1], s.mask_layers[-1], model.num_classes),
+        **given)
     names = {k: torchvision_name(k, s) for k in model.state_dict()}
-    peer.to(model.rpn_head.cls_logits.weight).load_state_dict({names[k]: v for k, v in model.state_dict().items()})
-    for name, weight in model.named_parameters(): peer.get_parameter(names[name]).requires_grad_(weight.requires_grad)
+    peer.to(model.rpn_head.cls_logits.weight).load_state_dict(
+        {names[k]: v for k, v in model.state_dict().items()})
+    for name, weight in model.named_parameters():
+        peer.get_parameter(names[name]).requires_grad_(weight.requires_grad)
     return peer.train(model.training)
 
 # %% ../nbs/10b_torchvision.ipynb #0e473431
 def from_pretrained(
     name:str="coco", # "coco": torchvision's maskrcnn_resnet50_fpn; "coco_v2": its maskrcnn_resnet50_fpn_v2
 ) -> MaskRCNN:
-    "A model that knows COCO, in eval mode; its `classes` are the names of labels 1 to 90, its `source` is the file's address."
+    "A COCO model in eval mode; `classes`: the names of labels 1 to 90, `source`: the file's address."
     peers = {"coco": "maskrcnn_resnet50_fpn", "coco_v2": "maskrcnn_resnet50_fpn_v2"}
     if name not in peers: raise ValueError(f"no weights called {name!r}; there are {sorted(peers)}")
     weights = torchvision.models.get_model_weights(peers[name]).DEFAULT
     try: peer = torchvision.models.get_model(peers[name], weights=weights)
     except (OSError, RuntimeError) as e:
-        raise OSError(f"the COCO weights could not be had from {weights.url} ({e}); connect to a network, or put the whole file into "
-                      f"{torch.hub.get_dir()}/checkpoints") from e
+        raise OSError(
+            f"the COCO weights could not be had from {weights.url} ({e}); "
+            "connect to a network, or put the whole file into "
+            f"{torch.hub.get_dir()}/checkpoints") from e
     model = from_torchvision(peer.eval())
     model.classes, model.source = weights.meta["categories"][1:], weights.url
     return model

@@ -33,12 +33,35 @@ STAGES = {  # which parts of the model each stage trains
 NEEDS = {"rpn": None, "box": "rpn", "mask": "box", "joint": None}  # the stage that must come first
 
 # %% ../nbs/12_training.ipynb #ca85b324
-RECIPES = {  # of each stage its epochs and the learning rate of new layers; images per step; the pretrained body's share of the learning rate
-    "laptop": dict(epochs=dict(rpn=6, box=4, mask=4, joint=8), lr=dict(rpn=1e-3, box=1e-3, mask=2e-3, joint=1e-3), batch_size=8, body_lr=dict(rpn=0.25, joint=0.1)),
-    "standard": dict(epochs=dict(rpn=12, box=12, mask=12, joint=12), lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4), batch_size=16, body_lr=dict(rpn=0.2, joint=0.2)),
-    "tiny": dict(epochs=dict(rpn=2, box=2, mask=2, joint=2), lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3), batch_size=4, body_lr=dict(rpn=1.0, joint=1.0)),
+# epochs: of each stage
+# lr: the learning rate of each stage's new layers
+# batch_size: images per step
+# body_lr: the pretrained body's share of the learning rate
+RECIPES = {
+    "laptop": dict(
+        epochs=dict(rpn=6, box=4, mask=4, joint=8),
+        lr=dict(rpn=1e-3, box=1e-3, mask=2e-3, joint=1e-3),
+        batch_size=8,
+        body_lr=dict(rpn=0.25, joint=0.1),
+    ),
+    "standard": dict(
+        epochs=dict(rpn=12, box=12, mask=12, joint=12),
+        lr=dict(rpn=2e-4, box=2e-4, mask=2e-4, joint=2e-4),
+        batch_size=16,
+        body_lr=dict(rpn=0.2, joint=0.2),
+    ),
+    "tiny": dict(
+        epochs=dict(rpn=2, box=2, mask=2, joint=2),
+        lr=dict(rpn=1e-3, box=1e-3, mask=1e-3, joint=1e-3),
+        batch_size=4,
+        body_lr=dict(rpn=1.0, joint=1.0),
+    ),
 }
-RECIPES["photos"] = RECIPES["laptop"] | dict(lr=RECIPES["laptop"]["lr"] | dict(joint=7e-4), batch_size=4)  # few photos: smaller steps, and more of them
+# few photos: smaller steps, and more of them
+RECIPES["photos"] = RECIPES["laptop"] | dict(
+    lr=RECIPES["laptop"]["lr"] | dict(joint=7e-4),
+    batch_size=4,
+)
 RECIPES["photos_large"] = RECIPES["photos"]
 RECIPES["standard_v2"] = RECIPES["standard"]
 
@@ -49,7 +72,8 @@ def class_maps(
     "Class of every pixel of the padded images, 0 for background; where masks overlap, the higher number."
     masks, first, labels = (batch.targets[k] for k in ("masks", "first_mask", "labels"))
     index = torch.arange(len(masks), device=masks.device)
-    image = torch.searchsorted(first, index, right=True) - 1  # the last image that begins at this mask or before
+    # the last image that begins at this mask or before
+    image = torch.searchsorted(first, index, right=True) - 1
     shown = masks.short() * labels[image, index - first[image]].short()[:, None, None]
     empty = shown.new_zeros(len(labels), *masks.shape[1:])
     return empty.scatter_reduce_(0, image[:, None, None].expand_as(shown), shown, "amax").long()
@@ -78,12 +102,16 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.model, self.name = model, name
-        self.semantic_head = nn.Linear(model.backbone.out_channels, model.num_classes) if name in ("rpn", "joint") and has_masks else None
+        self.semantic_head = (
+            nn.Linear(model.backbone.out_channels, model.num_classes)
+            if name in ("rpn", "joint") and has_masks
+            else None
+        )
         for part, module in model.named_children():
             if part not in STAGES[name]: module.requires_grad_(False)
 
     def train(self, mode:bool=True):
-        "Sets the mode of what this stage trains; what is frozen stays in eval mode, so that no batch norm in it moves."
+        "Sets the mode of what this stage trains; what is frozen stays in eval mode: no batch norm moves."
         super().train(mode)
         for part, module in self.model.named_children():
             if part not in STAGES[self.name]: module.eval()
@@ -100,7 +128,11 @@ class Stage(nn.Module):
             features = model.backbone(batch.images)
             if self.name == "joint": losses = model.losses(features, batch, generator)
             else: losses = model.rpn_losses(features, model.anchors(features, batch), batch, generator)
-            return losses | ({"loss_semantic": semantic_loss(self.semantic_head, features, batch)} if self.semantic_head else {})
+            return losses | (
+                {"loss_semantic": semantic_loss(self.semantic_head, features, batch)}
+                if self.semantic_head
+                else {}
+            )
         features, proposals, batch = inputs
         features = [f.to(proposals[0].dtype) for f in features]
         samples = model.select_samples(proposals, batch, generator)
@@ -156,15 +188,25 @@ def train_stage(
     torch.manual_seed(seed)
     generator = torch.Generator(accelerator.device).manual_seed(seed)
     model.to(accelerator.device)
-    if name in ("box", "mask"): train_batches, val_batches = frozen or cache_features(model, data, batch_size, seed, workers, augment)
-    else: train_batches, val_batches = (data_loader(data, split, batch_size, seed, workers, augment) for split in ("train", "val"))
+    if name in ("box", "mask"):
+        train_batches, val_batches = frozen or cache_features(model, data, batch_size, seed, workers, augment)
+    else:
+        train_batches, val_batches = (
+            data_loader(data, split, batch_size, seed, workers, augment)
+            for split in ("train", "val")
+        )
     stage = Stage(model, name, InstanceDataset(data).has_masks).train()
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
-    new = [p for n, p in stage.named_parameters() if p.requires_grad and not n.startswith("model.backbone.body.")]
-    optimizer = torch.optim.AdamW([dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)], weight_decay=1e-4)
-    steps = epochs * len(train_batches)
-    warm_up = 0.2 if steps == 10 else 0.1   # OneCycleLR divides by its steps of warming up less one, which must not be 0
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr * body_lr], steps, pct_start=warm_up)
+    new = [
+        p for n, p in stage.named_parameters()
+        if p.requires_grad and not n.startswith("model.backbone.body.")
+    ]
+    optimizer = torch.optim.AdamW(
+        [dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)],
+        weight_decay=1e-4,
+    )
+    steps = max(11, epochs * len(train_batches))  # OneCycleLR divides by a tenth of them, less one
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [lr, lr * body_lr], steps, pct_start=0.1)
     stage, optimizer = accelerator.prepare(stage, optimizer)
     history, start = [], time.time()
     with tqdm(total=epochs * len(train_batches), desc=name, disable=None) as bar:
@@ -178,10 +220,19 @@ def train_stage(
                 optimizer.step()
                 schedule.step()
                 for k, v in losses.items(): sums[k] += v.detach()
-                if bar.n % 10 == 0: bar.set_postfix({k.removeprefix("loss_"): f"{v.item():.3f}" for k, v in losses.items()}, refresh=False)
+                if bar.n % 10 == 0:
+                    bar.set_postfix(
+                        {k.removeprefix("loss_"): f"{v.item():.3f}" for k, v in losses.items()},
+                        refresh=False,
+                    )
                 bar.update()
-            history.append(dict(stage=name, epoch=epoch, seconds=time.time() - start, val=mean_losses(stage, val_batches),
-                                train={k: v.item() / len(train_batches) for k, v in sums.items()}))
+            history.append(dict(
+                stage=name,
+                epoch=epoch,
+                seconds=time.time() - start,
+                val=mean_losses(stage, val_batches),
+                train={k: v.item() / len(train_batches) for k, v in sums.items()},
+            ))
             if on_epoch: on_epoch(history)
     return history
 
@@ -191,11 +242,20 @@ def plot_history(
 ) -> plt.Figure:
     "Every loss over the epochs: training solid, validation dashed."
     names = list(dict.fromkeys((h["stage"], loss) for h in history for loss in h["train"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 2.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3 * len(names), 2.4), squeeze=False, layout="constrained"
+    )
     for ax, (stage, loss) in zip(axes[0], names):
         rows = [h for h in history if h["stage"] == stage]
         for part, style in (("train", "-"), ("val", "--")):
-            ax.plot([h["epoch"] for h in rows], [h[part][loss] for h in rows], style, marker=".", color="#1f77b4", label=part)
+            ax.plot(
+                [h["epoch"] for h in rows],
+                [h[part][loss] for h in rows],
+                style,
+                marker=".",
+                color="#1f77b4",
+                label=part,
+            )
         ax.set(title=f"{stage}: {loss.removeprefix('loss_')}", xlabel="epoch", ylim=(0, None))
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].legend(frameon=False)
@@ -210,27 +270,42 @@ def evaluate_model(
     batch_size:int=8,      # images per step
     workers:int=0,         # processes that read and decode
 ) -> tuple[dict, list]:    # {"rpn": ..., "bbox": ..., "segm": ...} and the COCO results
-    "Everything that is measured of a model: RPN point-wise accuracy and recall, AP of boxes and, if the data set has any, of masks."
+    "All that is measured: RPN point-wise accuracy and recall, AP of boxes and (if there are any) masks."
     model.eval()
     s, results, accuracy, proposals, boxes = model.settings, [], [], [], []
-    for images, targets in tqdm(DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate), "evaluate", leave=False, disable=None):
+    for images, targets in tqdm(
+        DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate),
+        "evaluate",
+        leave=False,
+        disable=None,
+    ):
         batch = model.prepare(images, targets)
         features = model.extract_features(batch)
         rpn = model.run_rpn(features, batch)
         found = model.propose(rpn, batch, train=False)
         t = batch.targets
-        labels, _ = assign_targets_to_anchors(torch.cat(rpn[2]), t["boxes"], t["valid"], s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
+        labels, _ = assign_targets_to_anchors(
+            torch.cat(rpn[2]),
+            t["boxes"],
+            t["valid"],
+            s.rpn_fg_iou_thresh,
+            s.rpn_bg_iou_thresh,
+        )
         accuracy += [rpn_accuracy(o, l) for o, l in zip(torch.cat(rpn[0], 1), labels)]
         proposals += [p[v].cpu() for p, v in zip(found[0], found[2])]
         boxes += [b[v].cpu() for b, v in zip(t["boxes"], t["valid"])]
         detections = model.detect(features, found, batch)
         predictions = model.postprocess(detections, model.mask_logits(features, detections, batch), batch)
-        if not dataset.has_masks: predictions = [{k: v for k, v in p.items() if k != "masks"} for p in predictions]
+        if not dataset.has_masks:
+            predictions = [{k: v for k, v in p.items() if k != "masks"} for p in predictions]
         results += results_from_predictions(predictions, [t["image_id"] for t in targets])
     gt = dataset.coco()
     accuracy = [a for a in accuracy if a == a]  # none where an image has no positive anchor
     rpn = dict(accuracy=sum(accuracy) / max(len(accuracy), 1), recall=proposal_recall(proposals, boxes))
-    return dict(rpn=rpn) | {kind: evaluate(gt, results, kind) for kind in ("bbox", "segm")[:1 + dataset.has_masks]}, results
+    return dict(rpn=rpn) | {
+        kind: evaluate(gt, results, kind)
+        for kind in ("bbox", "segm")[:1 + dataset.has_masks]
+    }, results
 
 # %% ../nbs/12_training.ipynb #e1421dc2
 def stages_to_run(
@@ -241,7 +316,12 @@ def stages_to_run(
     order = []
     def add(name):
         if name not in STAGES: raise ValueError(f"unknown stage {name!r}; there are {sorted(STAGES)}")
-        if NEEDS[name] and not (out / f"{NEEDS[name]}.safetensors").is_file() and NEEDS[name] not in order: add(NEEDS[name])
+        if (
+            NEEDS[name]
+            and not (out / f"{NEEDS[name]}.safetensors").is_file()
+            and NEEDS[name] not in order
+        ):
+            add(NEEDS[name])
         if name not in order: order.append(name)
     for name in stages: add(name)
     return order
@@ -250,14 +330,22 @@ def stages_to_run(
 def _start(name, out, preset, dataset, pretrained, seed, start=None):
     "The model that a stage begins with: what the stage before left, what another run left, or a new one."
     torch.manual_seed(seed)
-    before = out / f"{NEEDS[name]}.safetensors" if NEEDS[name] else Path(start) / "model.safetensors" if start else None
+    before = (
+        out / f"{NEEDS[name]}.safetensors" if NEEDS[name]
+        else Path(start) / "model.safetensors" if start
+        else None
+    )
     if not before: return build_model(preset, dataset.num_classes, pretrained)
     old, classes, _ = load_model(before)
     if NEEDS[name] and (old.preset, old.num_classes) == (preset, dataset.num_classes): return old
-    model = build_model(preset, dataset.num_classes, pretrained)  # for what is to stay frozen in a pretrained body
+    # for what is to stay frozen in a pretrained body
+    model = build_model(preset, dataset.num_classes, pretrained)
     was, wanted = ([(k, v.shape) for k, v in m.state_dict().items()] for m in (old, model))
     if NEEDS[name] or was != wanted:
-        raise ValueError(f"{before} holds a {old.preset!r} model of {len(classes)} classes, but {preset!r} with {len(dataset.classes)} is asked for; choose another folder")
+        raise ValueError(
+            f"{before} holds a {old.preset!r} model of {len(classes)} classes, "
+            f"but {preset!r} with {len(dataset.classes)} is asked for; choose another folder"
+        )
     model.load_state_dict(old.state_dict())
     return model
 
@@ -270,38 +358,60 @@ def _write_json(path, value):
 def train(
     data:str|Path,                       # an HDF5 file from write_scenes or import_coco
     out:str|Path,                        # the run's folder: settings, history, checkpoints
-    stages:tuple=("rpn", "box", "mask"), # or ("joint",); stages that these need and that are missing come first
-    preset:str="laptop",                 # "laptop", "photos", "photos_large", "standard", "standard_v2" or "tiny"
+    stages:tuple=("rpn", "box", "mask"), # or ("joint",); missing stages that these need come first
+    preset:str="laptop",                 # laptop, photos, photos_large, standard, standard_v2 or tiny
     epochs:dict|None=None,               # of each stage, where not the preset's
     batch_size:int|None=None,            # images per step; the preset's
     lr:float|None=None,                  # of new layers, in all stages; the preset's
     seed:int=0,                          # of everything that is left to chance
     pretrained:bool=True,                # start the body from ImageNet weights
     workers:int=0,                       # processes that read and decode
-    mixed_precision:str="auto",          # "no", "bf16" or "fp16"; "auto": "bf16" where the device has instructions for it
+    mixed_precision:str="auto",          # "no", "bf16", "fp16" or "auto": bf16 if the device has it built in
     overwrite:bool=False,                # train again a stage that the folder has
     on_epoch=None,                       # called with the whole history after every epoch
     augment:tuple=AUGMENT,               # names of `augmentation`
-    looks:int=2,                         # that the frozen stages take at every training image, each with another augmentation
+    looks:int=2,                         # of the frozen stages at each training image, each augmented anew
     start:str|Path|None=None,            # a run's folder, whose weights the first stage begins with
 ) -> list:                               # the history: a dict per epoch
     "Train the stages one after the other. After each, and after Ctrl-C, the folder holds a model that works."
     out, dataset = Path(out), InstanceDataset(data, "train")
     if preset not in RECIPES: raise ValueError(f"unknown preset {preset!r}; there are {sorted(RECIPES)}")
-    if looks < 1: raise ValueError(f"looks is {looks}; the frozen stages have to look at every image at least once")
+    if looks < 1:
+        raise ValueError(f"looks is {looks}; the frozen stages have to look at every image at least once")
     augmentation(augment)  # an unknown name is an error now
     if not dataset.has_masks and {"mask", "joint"} & set(stages):
-        raise ValueError(f"{data} has boxes but no masks, and masks are all that the mask head learns from: train the stages rpn and box (--stages rpn box)")
+        raise ValueError(
+            f"{data} has boxes but no masks, and masks are all that the mask head learns from: "
+            "train the stages rpn and box (--stages rpn box)"
+        )
     done = [s for s in stages if (out / f"{s}.safetensors").is_file()]
-    if done and not overwrite: raise FileExistsError(f"{out} already has the stages {done}; choose another folder, or overwrite=True (--overwrite)")
+    if done and not overwrite:
+        raise FileExistsError(
+            f"{out} already has the stages {done}; "
+            "choose another folder, or overwrite=True (--overwrite)"
+        )
     names, recipe = stages_to_run(stages, out), RECIPES[preset]
     epochs, batch_size = {**recipe["epochs"], **(epochs or {})}, batch_size or recipe["batch_size"]
     lr = dict.fromkeys(STAGES, lr) if lr else recipe["lr"]
-    if mixed_precision == "auto": mixed_precision = "bf16" if has_fast_bfloat16(PartialState().device) else "no"
+    if mixed_precision == "auto":
+        mixed_precision = "bf16" if has_fast_bfloat16(PartialState().device) else "no"
     first = _start(names[0], out, preset, dataset, pretrained, seed, start)
     out.mkdir(parents=True, exist_ok=True)
-    settings = dict(data=str(data), stages=names, preset=preset, epochs={s: epochs[s] for s in names}, batch_size=batch_size, lr={s: lr[s] for s in names},
-                    seed=seed, pretrained=pretrained, mixed_precision=mixed_precision, augment=augment, looks=looks, start=str(start) if start else None, classes=dataset.classes)
+    settings = dict(
+        data=str(data),
+        stages=names,
+        preset=preset,
+        epochs={s: epochs[s] for s in names},
+        batch_size=batch_size,
+        lr={s: lr[s] for s in names},
+        seed=seed,
+        pretrained=pretrained,
+        mixed_precision=mixed_precision,
+        augment=augment,
+        looks=looks,
+        start=str(start) if start else None,
+        classes=dataset.classes,
+    )
     _write_json(out / "settings.json", settings)
     AcceleratorState._reset_state()  # an earlier call in this process may have chosen another precision
     accelerator = Accelerator(mixed_precision=mixed_precision)
@@ -309,13 +419,32 @@ def train(
     history = [h for h in json.loads(path.read_text()) if h["stage"] not in names] if path.is_file() else []
     frozen = None  # the box and the mask stage see the same
     for name in names:
-        model = (first if name == names[0] else _start(name, out, preset, dataset, pretrained, seed)).to(accelerator.device)
-        if name in ("box", "mask"): frozen = frozen or cache_features(model, data, batch_size, seed, workers, augment, looks)
+        model = (
+            first
+            if name == names[0]
+            else _start(name, out, preset, dataset, pretrained, seed)
+        ).to(accelerator.device)
+        if name in ("box", "mask"):
+            frozen = frozen or cache_features(model, data, batch_size, seed, workers, augment, looks)
         def after_epoch(new):
             _write_json(path, history + new)
             if on_epoch: on_epoch(history + new)
         try:
-            history += train_stage(model, name, data, epochs[name], batch_size, lr[name], recipe["body_lr"].get(name, 1.0), seed, workers, accelerator, frozen, after_epoch, augment)
+            history += train_stage(
+                model,
+                name,
+                data,
+                epochs[name],
+                batch_size,
+                lr[name],
+                recipe["body_lr"].get(name, 1.0),
+                seed,
+                workers,
+                accelerator,
+                frozen,
+                after_epoch,
+                augment,
+            )
         except KeyboardInterrupt:
             save_model(model, out / "model.safetensors", dataset.classes, name)
             print(f"stopped; what stage {name} learnt so far is in {out / 'model.safetensors'}")

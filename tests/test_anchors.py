@@ -156,7 +156,8 @@ def test_without_a_box_all_is_background():
 def test_targets_and_samples_do_not_wait_for_the_gpu(gpu):
     generator, maps = AnchorGenerator(((8,),), ((1.,),)), [torch.zeros(1, 1, 4, 4, device=gpu)]
     generator((32, 32), maps)  # the first time the cells move there
-    boxes, valid = torch.rand(2, 3, 4, device=gpu).cumsum(-1) * 8, torch.ones(2, 3, dtype=torch.bool, device=gpu)
+    boxes, valid = torch.rand(2, 3, 4, device=gpu).cumsum(-1) * 8, torch.ones(
+        2, 3, dtype=torch.bool, device=gpu)
     with never_waits(gpu):
         labels, _ = assign_targets_to_anchors(torch.cat(generator((32, 32), maps)), boxes, valid)
         balanced_sample(labels == 1, labels == 0, 8, .5)

@@ -25,7 +25,8 @@ def test_the_gpu_part_names_the_card_and_shows_every_figure(tmp_path):
     for part, value in files.items(): (tmp_path / f"gpu_{part}.json").write_text(json.dumps(value))
     text = readme.gpu(tmp_path)
     assert text.count("Some Card (driver 580.1, torch 2.11.0, torchvision 0.26.0)") == 4
-    assert "| train 8 | **2.50** (2.40 to 2.60) | 40 ms | 100 ms compiled | 900 / 1,500 MB | 90% / 50% |" in text
+    assert ("| train 8 | **2.50** (2.40 to 2.60) | 40 ms | 100 ms compiled "
+            "| 900 / 1,500 MB | 90% / 50% |") in text
     assert "| laptop | rpn | 3 | 1.50 → 0.25 | 321 |" in text
     assert "training step, ours 0" in text and "pytest failed" in text
 
@@ -41,7 +42,8 @@ def test_a_step_that_fails_or_takes_too_long_is_named(tmp_path, capsys):
     gpu.step(report, "late", [*python, "1"], gpu.time.time() + 1, gpu.environment(True))
     assert report.close(["good", "bad", "slow", "late"], end - 60) == 1
     steps = json.loads((tmp_path / "gpu_check.json").read_text())["steps"]
-    assert {name: s["state"] for name, s in steps.items()} == dict(good="passed", bad="failed", slow="stopped")
+    assert {name: s["state"] for name, s in steps.items()} == dict(
+        good="passed", bad="failed", slow="stopped")
     assert steps["bad"]["last_line"] == "why it failed"
     assert "begun" in (tmp_path / "gpu_check.log").read_text()
     last = capsys.readouterr().out.splitlines()[-1]

@@ -245,7 +245,8 @@ def test_shapes_and_kinds_that_do_not_fit_are_refused():
 def test_iou_of_boxes_in_few_bits_or_whole_numbers(dtype):
     "Areas of large boxes overflow 16 bits, and whole numbers have no fractions."
     boxes = tensor([[0, 0, 250, 200], [10, 20, 240, 250], [0, 0, 250, 200]])
-    found, expected = box_iou(boxes.to(dtype), boxes.to(dtype)), ops.box_iou(boxes.to(dtype).float(), boxes.to(dtype).float())
+    found, expected = box_iou(boxes.to(dtype), boxes.to(dtype)), ops.box_iou(
+        boxes.to(dtype).float(), boxes.to(dtype).float())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
 
@@ -267,7 +268,7 @@ def test_the_gpu_keeps_what_the_cpu_keeps(gpu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 31, 1000, 2000, 4000])
 def test_the_kernel_on_the_gpu_keeps_what_torchvision_keeps(gpu, n, dtype):
-    "Rows of all sizes that the model asks about, corners on whole pixels, padding and an empty row among them."
+    "Rows of all sizes that the model asks about, with corners on whole pixels, padding and an empty row."
     if gpu == "cpu": n = min(n, 31)
     corners = torch.randint(0, 900, (3, n, 2))
     boxes = torch.cat([corners, corners + torch.randint(1, 300, (3, n, 2))], -1).to(dtype)
@@ -284,7 +285,8 @@ def test_the_kernel_on_the_gpu_keeps_what_torchvision_keeps(gpu, n, dtype):
 @pytest.mark.gpu
 def test_encoding_decoding_and_clipping_do_not_wait_for_the_gpu(gpu):
     boxes, sizes = torch.rand(2, 50, 4, device=gpu).cumsum(-1), torch.full((2, 2), 3, device=gpu)
-    with never_waits(gpu): clip_boxes(decode_boxes(encode_boxes(boxes, boxes + 1), boxes, (10., 10., 5., 5.)), sizes)
+    with never_waits(gpu):
+        clip_boxes(decode_boxes(encode_boxes(boxes, boxes + 1), boxes, (10., 10., 5., 5.)), sizes)
 
 
 def test_the_largest_step_takes_a_side_of_16_to_1000():

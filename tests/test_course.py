@@ -54,8 +54,8 @@ def test_a_notebook_is_whole_and_small(path):
     assert not re.search(r"/(home|root|Users)/\w", "".join("".join(o.get("text", "")) for o in outputs))
 
 
-PUBLIC = ["MaskRCNN", "build_model", "load_model", "save_model", "train", "evaluate", "predict", "InstanceDataset",
-          "import_coco", "import_cis680", "import_mask_folder", "write_scenes"]
+PUBLIC = ["MaskRCNN", "build_model", "load_model", "save_model", "train", "evaluate", "predict",
+          "InstanceDataset", "import_coco", "import_cis680", "import_mask_folder", "write_scenes"]
 
 
 def test_the_public_names_are_there_whatever_was_imported_before():
@@ -68,6 +68,7 @@ def test_the_public_names_are_there_whatever_was_imported_before():
 
 def test_the_package_and_help_need_no_torch():
     "Loading PyTorch takes seconds; nobody should wait for them to read a page of help."
-    program = ("import sys, maskrcnn_course\nfrom maskrcnn_course.cli import main\ntry: main(['train', '--help'])\n"
+    program = ("import sys, maskrcnn_course\nfrom maskrcnn_course.cli import main\n"
+               "try: main(['train', '--help'])\n"
                "except SystemExit: pass\nassert 'torch' not in sys.modules")
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -7,8 +7,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
-from maskrcnn_course.data import (FORMAT, InstanceDataset, collate, decode_mask, encode_mask, pad_images, pad_targets,
-                                  write_dataset)
+from maskrcnn_course.data import (FORMAT, InstanceDataset, collate, decode_mask, encode_mask, pad_images,
+                                  pad_targets, write_dataset)
 from maskrcnn_course.importers import import_coco
 
 

@@ -353,7 +353,8 @@ def test_checkpointing_computes_depthwise_gradients_again():
 
 
 def test_how_much_of_a_resnet_is_trained_can_be_chosen():
-    for frozen, expected in ((None, True), (("conv1", "bn1"), True), (("conv1", "bn1", "layer1", "layer2"), False)):
+    for frozen, expected in ((None, True), (("conv1", "bn1"), True),
+                             (("conv1", "bn1", "layer1", "layer2"), False)):
         body = resnet50_backbone(pretrained=False, frozen=frozen).body
         assert body.layer2[0].conv1._parameters["weight"].requires_grad == expected
 

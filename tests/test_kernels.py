@@ -40,7 +40,8 @@ def problem(n, device, channels=16, dtype=torch.float32):
 
 def with_gradients(align, maps, rois, bins=7):
     out = align(maps, rois, bins, SIZE, canonical_scale=60.)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)  # alike in 16 bits
+    # rounded to 16 bits, so that it is the same in both precisions
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
     return out.detach(), *torch.autograd.grad(out, maps, upstream)
 
 

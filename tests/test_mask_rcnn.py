@@ -409,13 +409,15 @@ def test_losses_are_finite_whatever_the_objects(kind, others, norm):
     else: assert losses["loss_mask"] > 0 and losses["loss_rpn_box_reg"] > 0
 
 
-WRONG = {"reversed": [[30., 30, 10, 10]], "without width": [[10., 10, 10, 30]], "not a number": [[1., 1, float("nan"), 9]]}
+WRONG = {"reversed": [[30., 30, 10, 10]], "without width": [[10., 10, 10, 30]],
+         "not a number": [[1., 1, float("nan"), 9]]}
 
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_box_that_is_none_is_refused(kind):
     "As torchvision refuses it: boxes given as x y w h would else train on nothing, without a word."
-    good = dict(boxes=torch.tensor([[1., 1, 9, 9]]), labels=torch.tensor([1]), masks=torch.ones(1, 64, 64, dtype=torch.uint8))
+    good = dict(boxes=torch.tensor([[1., 1, 9, 9]]), labels=torch.tensor([1]),
+                masks=torch.ones(1, 64, 64, dtype=torch.uint8))
     bad = good | dict(boxes=torch.tensor([[1., 1, 9, 9], *WRONG[kind]]), labels=torch.tensor([1, 1]),
                       masks=torch.ones(2, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="box 1 of target 1 is .* x1 < x2 and y1 < y2"):
@@ -438,14 +440,16 @@ def test_what_torchvision_takes_is_taken():
     images, labels = torch.rand(2, 3, 64, 64), torch.tensor([1])
     plain = [dict(boxes=boxes.float(), labels=labels, masks=masks)] * 2
     other = [dict(boxes=boxes, labels=labels, masks=masks.bool())] * 2
-    expected, found = (model(x, t, torch.Generator().manual_seed(0)) for x, t in ((list(images), plain), (images, other)))
+    expected, found = (model(x, t, torch.Generator().manual_seed(0))
+                       for x, t in ((list(images), plain), (images, other)))
     for name in expected: assert torch.equal(expected[name], found[name]), name
 
 
 def test_the_losses_reach_the_images():
     "Saliency and adversarial examples need the gradient of the losses with respect to the images."
     torch.manual_seed(0)
-    images, targets = map(list, zip(example(64, 80, dtype=torch.float32), example(70, 64, dtype=torch.float32)))
+    images, targets = map(list, zip(example(64, 80, dtype=torch.float32),
+                                    example(70, 64, dtype=torch.float32)))
     for image in images: image.requires_grad_()
     sum(build_model("tiny")(images, targets).values()).backward()
     for image in images: assert image.grad.isfinite().all() and (image.grad != 0).float().mean() > 0.5
@@ -577,7 +581,8 @@ def test_the_gpu_gives_the_answers_losses_and_gradients_of_the_cpu(gpu, kind):
     there = copy.deepcopy(ours).to(gpu)
     with torch.no_grad():
         for a, b in zip(ours(images), there(images)):
-            for key in ("boxes", "scores", "masks"): torch.testing.assert_close(a[key], b[key].cpu(), rtol=1e-6, atol=1e-6)
+            for key in ("boxes", "scores", "masks"):
+                torch.testing.assert_close(a[key], b[key].cpu(), rtol=1e-6, atol=1e-6)
     here, far = ours.train()(images, targets), there.train()(images, targets)
     for key in here: torch.testing.assert_close(here[key], far[key].cpu(), rtol=1e-6, atol=1e-8)
     sum(here.values()).backward(), sum(far.values()).backward()

@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from maskrcnn_course.data import InstanceDataset
 from maskrcnn_course.mask_rcnn import build_model
-from maskrcnn_course.prediction import (COLOURS, draw, find_photos, look, predict, predict_images, predict_video, read_photo,
-                                        write_results)
+from maskrcnn_course.prediction import (COLOURS, draw, find_photos, look, predict, predict_images,
+                                        predict_video, read_photo, write_results)
 from maskrcnn_course.report import metrics_table, write_report
 from maskrcnn_course.scenes import make_scene, write_scenes
 from maskrcnn_course.training import evaluate_model

@@ -196,11 +196,13 @@ def test_autocast():
 @pytest.mark.parametrize("ratio", [2, -1])
 def test_a_box_that_is_none_disturbs_no_other(ratio):
     nan = float("nan")
-    third = (nan, 4, 30, 31) if ratio == 2 else (40, 4, 30, 31)  # torchvision's operator cannot count nan samples
+    # torchvision's operator, which a ratio of -1 calls, cannot count the samples of a NaN
+    third = (nan, 4, 30, 31) if ratio == 2 else (40, 4, 30, 31)
     features, boxes = maps((64, 64)), rois_of((3, 4, 30, 31), (30, 31, 3, 4), third, (9, 9, 60, 50))
     found = multiscale_roi_align(features, boxes, 7, (64, 64), ratio)
     assert len(found) == 4
-    torch.testing.assert_close(found[[0, 3]], multiscale_roi_align(features, boxes[[0, 3]], 7, (64, 64), ratio))
+    torch.testing.assert_close(found[[0, 3]],
+                               multiscale_roi_align(features, boxes[[0, 3]], 7, (64, 64), ratio))
     if ratio == 2: assert found.isfinite().all() and (found[2] == 0).all()
 
 

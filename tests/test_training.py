@@ -217,7 +217,8 @@ def test_wrong_choices_write_nothing(scenes, tmp_path, wrong, message):
 def test_few_steps_are_enough_for_a_schedule(tmp_path, n, epochs):
     "One, two and ten steps: a tenth of ten for warming up would make the schedule divide by zero."
     write_scenes(tmp_path / "few.h5", n=n + 2, val=2, size=(64, 64), seed=1, instances=(1, 3))
-    history = train(tmp_path / "few.h5", tmp_path / "run", ("rpn",), "tiny", epochs=dict(rpn=epochs), mixed_precision="no")
+    history = train(tmp_path / "few.h5", tmp_path / "run", ("rpn",), "tiny",
+                    epochs=dict(rpn=epochs), mixed_precision="no")
     assert len(history) == epochs and all(v == v for v in history[-1]["train"].values())
 
 
