@@ -1,8 +1,12 @@
-"""What the parts of the recipe for photos are worth, and torchvision's Mask R-CNN with the same recipe: one run a call, one result file a run.
+"""What the parts of the recipe for photos are worth, and torchvision's Mask R-CNN with the same recipe.
 
-All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head half of them), with every augmentation
-unless one is left out, and begin with the weights that `maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and has the same optimiser and schedule.
-Ours asks its features about pixels (`semantic_loss`) and computes in bfloat16 where the processor has it, as it does by default; torchvision's does neither.
+One run a call, one result file a run.
+
+All runs train on the same photos for the same epochs (in three stages the RPN has as many and each head
+half of them), with every augmentation unless one is left out, and begin with the weights that
+`maskrcnn-course train` found on scenes; torchvision's model begins with exactly these (`to_torchvision`), and
+has the same optimiser and schedule. Ours has a semantic loss (`semantic_loss`) and computes in bfloat16 where
+the processor has it, as it does by default; torchvision's does neither.
 
     python benchmarks/photos.py ours
     python benchmarks/photos.py torchvision --seed 1
@@ -23,9 +27,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from maskrcnn_course.data import InstanceDataset, collate
-from maskrcnn_course.mask_rcnn import load_model, build_model
+from maskrcnn_course.presets import PRESETS, build_model, load_model, with_test_augmentation
 from maskrcnn_course.augment import augmentation, copy_paste
-from maskrcnn_course.training import RECIPES, evaluate_model, train
+from maskrcnn_course.training import evaluate_model, train
 from scenes_vs_torchvision import cpu_name, measure, without_crowds
 
 AUGMENT = ("flip", "colour", "shrink", "crop", "paste")
@@ -34,25 +38,31 @@ NAMES = ("ours", "torchvision", "stages", "no-scenes", *(f"no-{a}" for a in AUGM
 
 def about(seed):
     "Where and with what a result came to be."
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return dict(commit=commit, seed=seed, machine=dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__))
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    machine = dict(cpu=cpu_name(), cores=os.cpu_count(), threads=torch.get_num_threads(),
+                   torch=torch.__version__)
+    return dict(commit=asked.stdout.strip(), seed=seed, machine=machine)
 
 
 def train_torchvision(args, out):
     "Torchvision's model after as many epochs as ours, with the same optimiser and schedule."
-    recipe, lr = RECIPES["laptop"], RECIPES["laptop"]["lr"]["joint"]
+    recipe = PRESETS["laptop"].recipe
+    lr = recipe["lr"]["joint"]
     torch.manual_seed(args.seed)
     ours = build_model("laptop")  # what is frozen in a pretrained body stays frozen
     ours.load_state_dict(load_model(Path(args.start) / "model.safetensors")[0].state_dict())
     model = ours.to_torchvision().train()
     for layer in model.backbone.body.modules():  # torchvision's own recipe freezes batch norm as well
         if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm): layer.eval()
-    loader = DataLoader(InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True,
-                        collate_fn=lambda batch: without_crowds(*copy_paste(*collate(batch))), generator=torch.Generator().manual_seed(args.seed))
+    loader = DataLoader(
+        InstanceDataset(args.data, "train", augmentation(AUGMENT)), recipe["batch_size"], shuffle=True,
+        collate_fn=lambda batch: without_crowds(*copy_paste(*collate(batch))),
+        generator=torch.Generator().manual_seed(args.seed))
     body = [p for p in model.backbone.body.parameters() if p.requires_grad]
     new = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("backbone.body.")]
     rates = [lr, lr * recipe["body_lr"]["joint"]]
-    optimizer = torch.optim.AdamW([dict(params=new, lr=rates[0]), dict(params=body, lr=rates[1])], weight_decay=1e-4)
+    groups = [dict(params=new, lr=rates[0]), dict(params=body, lr=rates[1])]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, args.epochs * len(loader), pct_start=0.1)
     for _ in tqdm(range(args.epochs), "torchvision"):
         for images, targets in loader:
@@ -70,12 +80,14 @@ def train_ours(args, out):
     names = tuple(a for a in AUGMENT if args.name != f"no-{a}")
     stages = ("rpn", "box", "mask") if args.name == "stages" else ("joint",)
     epochs = dict(rpn=args.epochs, box=args.epochs // 2, mask=args.epochs // 2, joint=args.epochs)
-    train(args.data, out, stages, epochs=epochs, seed=args.seed, augment=names, looks=4, start=None if args.name == "no-scenes" else args.start)
+    start = None if args.name == "no-scenes" else args.start
+    train(args.data, out, stages, epochs=epochs, seed=args.seed, augment=names, looks=4, start=start)
     return load_model(Path(out) / "model.safetensors")[0]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--data", default="data/coco3.h5")
     parser.add_argument("--start", default="runs/scenes", help="the folder of a run on scenes")
@@ -88,13 +100,16 @@ def main():
         model = (train_torchvision if args.name == "torchvision" else train_ours)(args, folder)
     spent = dict(seconds=time.time() - start, core_seconds=time.process_time() - cpu)
     dataset = InstanceDataset(args.data, "val")
-    metrics = measure(model, dataset) if args.name == "torchvision" else evaluate_model(model, dataset)[0]
-    result = dict(command=f"python benchmarks/photos.py {args.name} --epochs {args.epochs} --seed {args.seed}", **about(args.seed), epochs=args.epochs,
+    if args.name == "torchvision": metrics = measure(model, dataset)
+    else: metrics, _ = evaluate_model(with_test_augmentation(model), dataset)
+    command = f"python benchmarks/photos.py {args.name} --epochs {args.epochs} --seed {args.seed}"
+    result = dict(command=command, **about(args.seed), epochs=args.epochs,
                   images=len(InstanceDataset(args.data, "train")), **spent, **metrics)
     out = Path(args.out) / f"photos_{args.name}_{args.seed}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1))
-    print(f"{args.name}: " + ", ".join(f"{k} AP {result[k]['AP']:.3f} AP50 {result[k]['AP50']:.3f}" for k in ("bbox", "segm")))
+    found = (f"{k} AP {result[k]['AP']:.3f} AP50 {result[k]['AP50']:.3f}" for k in ("bbox", "segm"))
+    print(f"{args.name}: " + ", ".join(found))
 
 
 if __name__ == "__main__": main()

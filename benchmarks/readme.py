@@ -1,4 +1,6 @@
-"""Write the figures of benchmarks/results/ into README.md, between its two `results` marks, and into benchmarks/README.md.
+"""Write the figures of benchmarks/results/ into README.md, between its two `results` marks.
+
+And those of speed into benchmarks/README.md.
 
     python benchmarks/readme.py
 """
@@ -10,58 +12,91 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- results -->", "<!-- /results -->"
 
 
+def read(stem): return json.loads((ROOT / f"benchmarks/results/{stem}.json").read_text())
+
+
 def row(name, metrics):
     classes = " / ".join(f"{c['AP50']:.2f}" for c in metrics["bbox"]["per_class"].values())
     rpn = f"{metrics['rpn']['accuracy']:.3f}" if "rpn" in metrics else ""
-    minutes = metrics["minutes"] * metrics["threads"] if "minutes" in metrics else metrics["seconds"] / 60 * metrics["machine"]["cores"]
+    if "minutes" in metrics: minutes = metrics["minutes"] * metrics["threads"]
+    else: minutes = metrics["seconds"] / 60 * metrics["machine"]["cores"]
     machine = metrics.get("machine", {}).get("cpu", "not noted")
-    return (f"| {name} | {minutes:.0f} | {machine} | {rpn} | {metrics['bbox']['AP']:.3f} | {metrics['bbox']['AP50']:.3f} | {classes} | "
-            f"{metrics['segm']['AP']:.3f} | {metrics['segm']['AP50']:.3f} |")
+    (box, box50), (mask, mask50) = ((metrics[kind]["AP"], metrics[kind]["AP50"]) for kind in ("bbox", "segm"))
+    return (f"| {name} | {minutes:.0f} | {machine} | {rpn} | {box:.3f} | {box50:.3f} | {classes} | "
+            f"{mask:.3f} | {mask50:.3f} |")
+
+
+RUNS = {  # a file of results: what it is
+    "laptop_scenes": "scenes, three stages: `maskrcnn-course train`",
+    "scenes_joint_torchvision_30": "scenes, torchvision's Mask R-CNN, jointly: "
+                                   "`python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15`",
+    "scenes_joint_ours_54": "scenes, ours, jointly: "
+                            "`python benchmarks/scenes_vs_torchvision.py --minutes 54`",
+    "scenes_joint_torchvision_54": "scenes, torchvision's, jointly, beside it",
+    "laptop_coco3": "232 photos of COCO, begun from scenes, jointly, 30 epochs with 288 × 384 pixels "
+                    "(`--preset laptop`)",
+    "photos_480_coco3": "the same, 45 epochs with 480 × 640 pixels (`--preset photos` as it was then)",
+    "photos_coco3": "the same, 38 epochs with 576 × 768 pixels (see [data/README.md](data/README.md))",
+}
 
 
 def section():
     "The table of every result that is there."
-    known = {"laptop_scenes": "scenes, three stages: `maskrcnn-course train`",
-             "scenes_joint_torchvision_30": "scenes, torchvision's Mask R-CNN, jointly: `python benchmarks/scenes_vs_torchvision.py torchvision --minutes 15`",
-             "scenes_joint_ours_54": "scenes, ours, jointly: `python benchmarks/scenes_vs_torchvision.py --minutes 54`",
-             "scenes_joint_torchvision_54": "scenes, torchvision's, jointly, beside it",
-             "laptop_coco3": "232 photos of COCO, begun from scenes, jointly, 30 epochs with 288 × 384 pixels (`--preset laptop`)",
-             "photos_480_coco3": "the same, 45 epochs with 480 × 640 pixels (`--preset photos` as it was then)",
-             "photos_coco3": "the same, 38 epochs with 576 × 768 pixels (see [data/README.md](data/README.md))"}
-    rows = [row(name, json.loads(path.read_text())) for stem, name in known.items()
-            if (path := ROOT / f"benchmarks/results/{stem}.json").is_file()]
-    trained, vote = (json.loads((ROOT / f"benchmarks/results/{stem}.json").read_text()) for stem in ("photos_coco3", "photos_vote"))
-    rows.append(row("the same weights, whose masks vote on the boxes, as `--preset photos` has it now", trained | vote["val with"]))
-    rows.append(row("the same again, looking at three sizes and their mirror images (`maskrcnn-course evaluate runs/photos --tta`)", trained | vote["val tta"]))
-    larger = json.loads((ROOT / "benchmarks/results/photos_large_coco3.json").read_text())
-    rows.append(row("from the 38 epochs 22 more with 768 × 1024 pixels, masks that vote, and the mirror image asked as well (`--preset photos_large`)",
+    there = {stem for stem in RUNS if (ROOT / f"benchmarks/results/{stem}.json").is_file()}
+    rows = [row(name, read(stem)) for stem, name in RUNS.items() if stem in there]
+    trained, vote, larger = read("photos_coco3"), read("photos_vote"), read("photos_large_coco3")
+    rows.append(row("the same weights, whose masks vote on the boxes, as `--preset photos` has it now",
+                    trained | vote["val with"]))
+    rows.append(row("the same again, looking at three sizes and their mirror images "
+                    "(`maskrcnn-course evaluate runs/photos --tta`)", trained | vote["val tta"]))
+    rows.append(row("from the 38 epochs 22 more with 768 × 1024 pixels, masks that vote, "
+                    "and the mirror image asked as well (`--preset photos_large`)",
                     larger | dict(seconds=trained["seconds"] + larger["seconds"])))
-    return "\n".join([START, "## What it reaches", "", "On two CPU cores, on images never trained on; of the scenes, also on kinds of vehicles, persons and animals never trained on. The table is",
-                      "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
-                      "| what | core-minutes | processor | RPN accuracy | box AP | box AP50 | vehicle / person / animal | mask AP | mask AP50 |",
-                      "|---|---|---|---|---|---|---|---|---|", *rows, photos(), END])
+    return "\n".join([
+        START, "## What it reaches", "",
+        "On two CPU cores, on images never trained on; of the scenes, also on kinds of vehicles, persons and "
+        "animals never trained on. The table is",
+        "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
+        "| what | core-minutes | processor | RPN accuracy | box AP | box AP50 | vehicle / person / animal "
+        "| mask AP | mask AP50 |",
+        "|---|---|---|---|---|---|---|---|---|", *rows, photos(), END])
 
 
 def photos():
     "Torchvision's Mask R-CNN and ours on photos, mean and spread of several seeds."
-    rows = []
-    for arm, name in {"torchvision": "torchvision's, jointly", "ours": "ours, jointly", "stages": "ours, in three stages"}.items():
-        runs = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob(f"photos_{arm}_?.json"))]
+    rows, arms = [], {"torchvision": "torchvision's, jointly", "ours": "ours, jointly",
+                      "stages": "ours, in three stages"}
+    for arm, name in arms.items():
+        paths = sorted((ROOT / "benchmarks/results").glob(f"photos_{arm}_?.json"))
+        runs = [json.loads(path.read_text()) for path in paths]
         values = [[r[kind][number] for r in runs] for kind in ("bbox", "segm") for number in ("AP", "AP50")]
-        rows.append(f"| {name} | {len(runs)} | {median(r['core_seconds'] for r in runs) / 60:.0f} | " + " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in values) + " |")
-    return "\n".join(["", "The same photos, first weights, augmentation, optimiser, schedule and epochs for both, few enough for many runs (six; in three stages six for the RPN and three for each head: `python benchmarks/photos.py`); mean and spread of the runs, each with its own seed.",
-                      "What each part of the recipe is worth, and where AP is lost: [notebook 14](nbs/14_photos.ipynb).", "",
-                      "| photos | runs | core-minutes | box AP | box AP50 | mask AP | mask AP50 |", "|---|---|---|---|---|---|---|", *rows])
+        minutes = median(r["core_seconds"] for r in runs) / 60
+        spreads = " | ".join(f"{mean(v):.3f} ± {stdev(v):.3f}" for v in values)
+        rows.append(f"| {name} | {len(runs)} | {minutes:.0f} | {spreads} |")
+    return "\n".join([
+        "",
+        "The same photos, first weights, augmentation, optimiser, schedule and epochs for both, few enough "
+        "for many runs (six; in three stages six for the RPN and three for each head: "
+        "`python benchmarks/photos.py`); mean and spread of the runs, each with its own seed.",
+        "What each part of the recipe is worth, and where AP is lost: [notebook 14](nbs/14_photos.ipynb).",
+        "",
+        "| photos | runs | core-minutes | box AP | box AP50 | mask AP | mask AP50 |",
+        "|---|---|---|---|---|---|---|", *rows])
 
 
 def speed():
     "The tables of every comparison, one for each machine."
-    cases = json.loads((ROOT / "benchmarks/results/vs_torchvision.json").read_text())
     machines = {}
-    for name, r in cases.items(): machines.setdefault(json.dumps(r["machine"]), {})[name] = r
-    lines = ["Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which `python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, taking turns, and equal answers",
-             "(in bf16 equal within rounding, for torchvision's rounds boxes to 16 bits as well, and ours does not);",
-             "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
+    for name, r in read("vs_torchvision").items():
+        machines.setdefault(json.dumps(r["machine"]), {})[name] = r
+    lines = [
+        "Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which "
+        "`python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, taking turns, and equal "
+        "answers",
+        "(in bf16 equal within rounding, for torchvision's rounds boxes to 16 bits as well, "
+        "and ours does not);",
+        "the other side's time over ours, median and quartiles. Where a side was also compiled, its faster "
+        "variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
     for machine, measured in machines.items():
         m = json.loads(machine)
         lines += ["", f"On {m['threads']} threads of {m['cpu']} ({versions(m)}):", "", *HEAD]

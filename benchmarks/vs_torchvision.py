@@ -7,7 +7,7 @@ compiled, its faster one counts. Peak memory is what a call needs above what was
 Results are written to benchmarks/results/.
 
     python benchmarks/vs_torchvision.py                      # every case on the CPU
-    python benchmarks/vs_torchvision.py paste evaluation     # the cases whose names contain one of these words
+    python benchmarks/vs_torchvision.py paste evaluation     # cases whose names contain one of these words
     python benchmarks/vs_torchvision.py --list
 
 All of them take more than an hour and about 10 GB of memory; a batch of eight photos of 800x1333 needs the
@@ -40,19 +40,18 @@ from PIL import Image
 from torch import nn
 from torchvision.models.detection import MaskRCNN as Peer
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.roi_heads import paste_masks_in_image as peer_paste
 from torchvision.ops import MultiScaleRoIAlign, batched_nms
 from torchvision.ops.misc import FrozenBatchNorm2d
 from torchvision.transforms.v2 import functional as tvf
 
-from maskrcnn_course.anchors import assign_targets_to_anchors, balanced_sample
-from maskrcnn_course.boxes import nms_mask
+from maskrcnn_course.anchors import Matcher, assign_targets_to_anchors, balanced_sample
 from maskrcnn_course.box_head import select_training_samples
 from maskrcnn_course.data import InstanceDataset, decode_mask
 from maskrcnn_course.evaluation import evaluate
-from maskrcnn_course.mask_head import paste_masks
+from maskrcnn_course.kernels import nms_mask_by_kernel
 from maskrcnn_course.mask_rcnn import MaskRCNN
-from maskrcnn_course.torchvision_weights import torchvision_name
+from maskrcnn_course.speed import paste_in_boxes, slow_down, speed_up
 from maskrcnn_course.training import has_fast_bfloat16
 
 SIZES = {"300x400": (300, 400), "800x1333": (800, 1333)}
@@ -69,7 +68,8 @@ def memory(device, peak=False):
     "Bytes in use, or the most since the count began."
     if device == "cuda": return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     field = "VmHWM" if peak else "VmRSS"
-    return next((int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field)), 0)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def seconds_of(function, device):
@@ -86,7 +86,8 @@ def peak_of(function, device):
     gc.collect()
     if device == "cuda": torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it is counted when it is taken again
+        # what was freed goes back to the system, so that it is counted when it is taken again
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     before = memory(device)
     function()
@@ -95,19 +96,21 @@ def peak_of(function, device):
 
 
 def versus(functions, device, seconds, per_call=1):
-    "Rounds of all functions until the time is up, three at least; of each side's variants the fastest counts."
+    "Rounds of all functions until the time is up, at least three; the fastest variant of each side counts."
     for function in [*functions.values()] * 2: function()
     rounds, end = [], time.time() + seconds
     while len(rounds) < 3 or time.time() < end and len(rounds) < 200:
         order = list(functions)[::1 if len(rounds) % 2 else -1]
         rounds.append({name: seconds_of(functions[name], device) for name in order})
     ms = {name: 1000 * statistics.median(r[name] for r in rounds) for name in functions}
-    ours, theirs = (min((name for name in functions if name.startswith(side)), key=ms.get) for side in ("ours", "theirs"))
+    def fastest(side): return min((name for name in functions if name.startswith(side)), key=ms.get)
+    ours, theirs = fastest("ours"), fastest("theirs")
     ratios = sorted(r[theirs] / r[ours] for r in rounds)
     quartiles = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
     peak = {name: peak_of(function, device) / 1e6 for name, function in functions.items()}
     return dict(ratio=statistics.median(ratios), quartiles=quartiles, rounds=len(rounds),
-                compared=[ours, theirs], ms=ms, per_second={name: 1000 * per_call / t for name, t in ms.items()}, peak_mb=peak)
+                compared=[ours, theirs], ms=ms,
+                per_second={name: 1000 * per_call / t for name, t in ms.items()}, peak_mb=peak)
 
 
 # ---- what both sides get
@@ -123,29 +126,38 @@ def photo(size, n, generator):
     "Noise, and n objects of all sizes with round masks."
     boxes = some_boxes(size, n, generator)
     y, x = torch.arange(size[0])[:, None] + 0.5, torch.arange(size[1]) + 0.5
-    center, half = (boxes[:, :2] + boxes[:, 2:])[..., None, None] / 2, (boxes[:, 2:] - boxes[:, :2])[..., None, None] / 2
+    center = (boxes[:, :2] + boxes[:, 2:])[..., None, None] / 2
+    half = (boxes[:, 2:] - boxes[:, :2])[..., None, None] / 2
     masks = ((x - center[:, 0]) / half[:, 0]) ** 2 + ((y - center[:, 1]) / half[:, 1]) ** 2 <= 1
-    return torch.rand(3, *size, generator=generator), dict(boxes=boxes, labels=torch.randint(1, 91, (n,), generator=generator), masks=masks.to(torch.uint8))
+    image = torch.rand(3, *size, generator=generator)
+    labels = torch.randint(1, 91, (n,), generator=generator)
+    return image, dict(boxes=boxes, labels=labels, masks=masks.to(torch.uint8))
 
 
 @torch.no_grad()
 def outspoken(model):
     "Random last layers whose answers vary as a trained model's do, so that many objects are found."
     image = [torch.rand(3, 256, 256)]
-    for layer, answer, spread in ((model.rpn_head.cls_logits, "objectness", 2), (model.rpn_head.bbox_pred, "deltas", 0.3)):
+    head, roi_heads = model.rpn.head, model.roi_heads
+    for layer, answer, spread in ((head.cls_logits, "objectness", 2), (head.bbox_pred, "deltas", 0.3)):
         nn.init.normal_(layer.weight)
         layer.weight *= spread / torch.cat([a.flatten() for a in model.stages(image)[answer]]).std()
     stages = model.stages(image)
-    for layer, answer, spread in ((model.box_head.cls_score, 0, 3), (model.box_head.bbox_pred, 1, 0.5)):
+    proposals, image_size = stages["proposals"], stages["batch"].image_size
+    predictor = roi_heads.box_predictor
+    for layer, answer, spread in ((predictor.cls_score, 0, 3), (predictor.bbox_pred, 1, 0.5)):
         nn.init.normal_(layer.weight)
-        answers = model.run_box_head(stages["features"], stages["proposals"]["boxes"], stages["proposals"]["valid"], stages["batch"])
+        answers = roi_heads.predict_boxes(
+            stages["features"], proposals["boxes"], proposals["valid"], image_size)
         layer.weight *= spread / answers[answer].std()
-    nn.init.normal_(model.mask_head.mask_fcn_logits.weight, std=0.3)
+    nn.init.normal_(roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.3)
 
 
 @functools.lru_cache(maxsize=2)
-def both_models(device, size, detections=100):
-    """Our model and torchvision's `maskrcnn_resnet50_fpn` with the same weights, in eval mode.
+def both_models(device, size, detections=100, fast=True):
+    """Our model, sped up or plain, and torchvision's `maskrcnn_resnet50_fpn` with the same weights.
+
+    Both are in eval mode.
 
     Batch norm is frozen, as in torchvision's recipe. All cases of one device and size get the same two.
     """
@@ -153,13 +165,15 @@ def both_models(device, size, detections=100):
     backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d,
                                    trainable_layers=3)
     for name, layer in backbone.named_modules():
-        if name.endswith("bn3"): layer.weight.fill_(0.2)  # else sixteen residual blocks add up to huge numbers
+        # else sixteen residual blocks add up to huge numbers
+        if name.endswith("bn3"): layer.weight.fill_(0.2)
     threshold = 0.05 if detections == 100 else 0.005
     peer = Peer(backbone, 91, min_size=min(size), max_size=max(size), box_score_thresh=threshold,
                 box_detections_per_img=detections).eval()
-    ours = MaskRCNN.from_torchvision(peer).eval()
+    ours = speed_up(MaskRCNN.from_torchvision(peer).eval())
     outspoken(ours)
-    peer.load_state_dict({torchvision_name(k, ours.settings): v for k, v in ours.state_dict().items()})
+    peer.load_state_dict(ours.state_dict())
+    if not fast: slow_down(ours)
     return ours.to(device), peer.to(device)
 
 
@@ -178,14 +192,13 @@ def precision(name, device):
     with torch.autocast(device, torch.bfloat16, enabled=name == "bf16"): yield
 
 
-DENSE = {True: ("backbone", "rpn_head", "box_head", "mask_head"),
-         False: ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.mask_head")}
+DENSE = ("backbone", "rpn.head", "roi_heads.box_head", "roi_heads.mask_head")
 
 
 def compiled(model, backend="inductor"):
     "A copy with channels-last weights and its dense parts compiled; what depends on data stays as it is."
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    for name in DENSE[isinstance(model, MaskRCNN)]: model.get_submodule(name).compile(backend=backend)
+    for name in DENSE: model.get_submodule(name).compile(backend=backend)
     return model
 
 
@@ -198,7 +211,7 @@ def variants(models, n, function, backend=None):
 
 # ---- the cases: each is a function that returns what is timed, ours first, and the images per call
 
-def train_step(device, size, n, number, objects=8, backend=None):
+def train_step(device, size, n, number, objects=8, backend=None, fast=True):
     images, targets = batch(SIZES[size], n, device, objects)
     def step(model):
         learning = [p for p in model.train().parameters() if p.requires_grad]
@@ -209,10 +222,10 @@ def train_step(device, size, n, number, objects=8, backend=None):
             losses.backward()
             optimizer.step()
         return run
-    return variants(both_models(device, SIZES[size]), n, step, backend)
+    return variants(both_models(device, SIZES[size], fast=fast), n, step, backend)
 
 
-def inference(device, size, n, number, detections=100, backend=None):
+def inference(device, size, n, number, detections=100, backend=None, fast=True):
     images, _ = batch(SIZES[size], n, device)
     def find(model):
         model.eval()
@@ -220,7 +233,7 @@ def inference(device, size, n, number, detections=100, backend=None):
         def run():
             with precision(number, device): return model(images)
         return run
-    functions, _ = variants(both_models(device, SIZES[size], detections), n, find, backend)
+    functions, _ = variants(both_models(device, SIZES[size], detections, fast), n, find, backend)
     found = [len(p["boxes"]) for f in functions.values() for p in f()]
     assert min(found) >= 0.9 * detections, f"too few detections to speak of: {found}"
     return functions, n
@@ -232,13 +245,15 @@ def roi_align(device, size):
     ready = ours.prepare(images)
     with torch.no_grad(): maps = [m.detach().requires_grad_() for m in ours.backbone(ready.images)]
     generator = torch.Generator().manual_seed(0)
-    boxes, sizes = [some_boxes(SIZES[size], 512, generator).to(device) for _ in images], [tuple(s) for s in ready.sizes.tolist()]
+    boxes = [some_boxes(SIZES[size], 512, generator).to(device) for _ in images]
+    sizes = [tuple(s) for s in ready.sizes.tolist()]
     rois = torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], 1) for i, b in enumerate(boxes)])
     named, upstream = dict(zip("0123", maps)), torch.randn(len(rois), 256, 7, 7, device=device)
-    align, their_align = ours.roi_features, peer.roi_heads.box_roi_pool
+    def align(): return ours.roi_heads.pool(maps, rois, 7, ready.image_size)
+    def their_align(): return peer.roi_heads.box_roi_pool(named, boxes, sizes)
     def run(out): torch.autograd.grad(out, maps[:4], upstream)
-    torch.testing.assert_close(align(maps, rois, 7, ready), their_align(named, boxes, sizes), atol=1e-3, rtol=1e-3)
-    return dict(ours=lambda: run(align(maps, rois, 7, ready)), theirs=lambda: run(their_align(named, boxes, sizes))), 2
+    torch.testing.assert_close(align(), their_align(), atol=1e-3, rtol=1e-3)
+    return dict(ours=lambda: run(align()), theirs=lambda: run(their_align())), 2
 
 
 def kernel(device, size):
@@ -265,26 +280,31 @@ def kernel(device, size):
 def nms(device, size):
     generator = torch.Generator().manual_seed(0)
     boxes = torch.stack([some_boxes(SIZES[size], 4000, generator) for _ in range(2)]).to(device)
-    scores, levels = torch.rand(boxes.shape[:2]).to(device), torch.arange(4000, device=device).expand(2, -1) // 1000
-    rows = boxes.view(2, 4, 1000, 4), scores.view(2, 4, 1000), torch.ones(2, 4, 1000, dtype=torch.bool, device=device)
+    scores = torch.rand(boxes.shape[:2]).to(device)
+    levels = torch.arange(4000, device=device).expand(2, -1) // 1000
+    valid = torch.ones(2, 4, 1000, dtype=torch.bool, device=device)
+    rows = boxes.view(2, 4, 1000, 4), scores.view(2, 4, 1000), valid
     def theirs(): return [batched_nms(b, s, l, 0.7) for b, s, l in zip(boxes, scores, levels)]
-    def ours(): return nms_mask(*rows, 0.7)
+    def ours(): return nms_mask_by_kernel(*rows, 0.7)
     assert [set(k.tolist()) for k in theirs()] == [set(k.flatten().nonzero()[:, 0].tolist()) for k in ours()]
     return dict(ours=ours, theirs=theirs), 2
 
 
 def padded(targets):
     boxes = torch.stack([t["boxes"] for t in targets])
-    return boxes, torch.stack([t["labels"] for t in targets]), boxes.new_ones(boxes.shape[:2], dtype=torch.bool)
+    labels = torch.stack([t["labels"] for t in targets])
+    return boxes, labels, boxes.new_ones(boxes.shape[:2], dtype=torch.bool)
 
 
 def matching(device, size):
     ours, peer = both_models(device, SIZES[size])
     images, targets = batch(SIZES[size], 2, device, objects=20)
     ready = ours.prepare(images)
-    with torch.no_grad(): anchors = torch.cat(ours.run_rpn(ours.backbone(ready.images), ready)[2])
+    with torch.no_grad(): features = ours.backbone(ready.images)
+    anchors = torch.cat(ours.rpn.anchor_generator(ready.image_size, features))
     boxes, _, valid = padded(targets)
-    mine, theirs = partial(assign_targets_to_anchors, anchors, boxes, valid, 0.7, 0.3), partial(peer.rpn.assign_targets_to_anchors, [anchors] * 2, targets)
+    mine = partial(assign_targets_to_anchors, anchors, boxes, valid, ours.rpn.matcher())
+    theirs = partial(peer.rpn.assign_targets_to_anchors, [anchors] * 2, targets)
     torch.testing.assert_close(mine()[0], torch.stack(theirs()[0]))
     return dict(ours=mine, theirs=theirs), 2
 
@@ -300,7 +320,7 @@ def sampling(device, size):
     known = proposals.new_ones(proposals.shape[:2], dtype=torch.bool)
     def mine():
         balanced_sample(labels == 1, labels == 0, 256, 0.5)
-        select_training_samples(proposals, known, boxes, classes, valid)
+        select_training_samples(proposals, known, boxes, classes, valid, Matcher(0.5, 0.5), 512, 0.25)
     def theirs():
         peer.rpn.fg_bg_sampler(list(labels))
         peer.roi_heads.select_training_samples(list(proposals), targets)
@@ -311,13 +331,14 @@ def pasting(device, size):
     generator = torch.Generator().manual_seed(0)
     boxes = some_boxes(SIZES[size], 100, generator).to(device)
     masks = torch.rand(100, 28, 28, generator=generator).to(device)
-    ours, theirs = lambda: paste_masks(masks, boxes, SIZES[size]), lambda: paste_masks_in_image(masks[:, None], boxes, SIZES[size])
+    def ours(): return paste_in_boxes(masks, boxes, SIZES[size])
+    def theirs(): return peer_paste(masks[:, None], boxes, SIZES[size])
     torch.testing.assert_close(ours(), theirs()[:, 0], atol=1e-4, rtol=0)
     return dict(ours=ours, theirs=theirs), 1
 
 
 def scene_results(images):
-    "Ground truth of so many images, and results with noise, misses and false alarms: the scenes' own masks, over and over."
+    "Ground truth of so many images, and results with noise, misses and false alarms, from the scenes' masks."
     data = InstanceDataset("data/scenes.h5", "val").coco()
     random, ids = np.random.default_rng(0), [i["id"] for i in data["images"]]
     of = {i: [] for i in ids}
@@ -326,11 +347,17 @@ def scene_results(images):
     for n in range(images):
         here = of[ids[n % len(ids)]]
         gt["images"].append({**data["images"][n % len(ids)], "id": n})
-        gt["annotations"] += [{**a, "id": len(gt["annotations"]) + k + 1, "image_id": n} for k, a in enumerate(here)]
+        first = len(gt["annotations"]) + 1
+        gt["annotations"] += [{**a, "id": first + k, "image_id": n} for k, a in enumerate(here)]
         for k in random.integers(0, len(here), 20) if here else ():
             box = np.asarray(here[k]["bbox"]) * random.normal(1, 0.05, 4)
-            results.append(dict(image_id=n, category_id=here[k]["category_id"] if random.random() < 0.9 else int(random.integers(1, 4)),
-                                bbox=box.tolist(), segmentation=here[random.integers(0, len(here))]["segmentation"], score=float(random.random())))
+            right = random.random() < 0.9
+            results.append(dict(
+                image_id=n,
+                category_id=here[k]["category_id"] if right else int(random.integers(1, 4)),
+                bbox=box.tolist(),
+                segmentation=here[random.integers(0, len(here))]["segmentation"],
+                score=float(random.random())))
     return gt, results
 
 
@@ -357,12 +384,16 @@ def evaluation(device, kind, library):
 
 
 def reading(device, against):
-    "Images and targets out of one HDF5 file, against a file per image with the annotations in memory, or against decoding bytes that are in memory already."
+    """Images and targets out of one HDF5 file, against a file per image with the annotations in memory.
+
+    Or against decoding bytes that are in memory already.
+    """
     data = InstanceDataset("data/scenes.h5", "train")
     n, folder, coco = 200, Path(tempfile.mkdtemp()), data.coco()
     masks = {i: [] for i in data.image_ids[:n]}
     for a in coco["annotations"]:
-        if a["image_id"] in masks: masks[a["image_id"]].append({**a, "rle": a["segmentation"]["counts"].encode()})
+        if a["image_id"] not in masks: continue
+        masks[a["image_id"]].append({**a, "rle": a["segmentation"]["counts"].encode()})
     with h5py.File("data/scenes.h5") as f:
         place = {row["id"]: row["data"] for row in f["images"]}
         encoded = {i: f["image_bytes"][slice(*place[i])].tobytes() for i in masks}
@@ -370,13 +401,18 @@ def reading(device, against):
     def decode(i, file):
         image = tvf.to_image(Image.open(file).convert("RGB"))
         boxes = torch.tensor([a["bbox"] for a in masks[i]], dtype=torch.float32).view(-1, 4)
-        return tvf.to_dtype(image, torch.float32, scale=True), dict(boxes=torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
-            labels=torch.tensor([a["category_id"] for a in masks[i]]), area=torch.tensor([a["area"] for a in masks[i]]),
+        return tvf.to_dtype(image, torch.float32, scale=True), dict(
+            boxes=torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1),
+            labels=torch.tensor([a["category_id"] for a in masks[i]]),
+            area=torch.tensor([a["area"] for a in masks[i]]),
             iscrowd=torch.tensor([a["iscrowd"] for a in masks[i]]), image_id=i,
             masks=torch.from_numpy(np.stack([decode_mask(a["rle"], *image.shape[-2:]) for a in masks[i]])))
     def ours(): return [data[i] for i in range(n)]
-    def theirs(): return [decode(i, folder / str(i) if against == "folder" else io.BytesIO(encoded[i])) for i in masks]
-    for (x, t), (y, u) in zip(ours(), theirs()): assert torch.equal(x, y) and torch.equal(t["masks"], u["masks"]) and torch.equal(t["boxes"], u["boxes"])
+    def source(i): return folder / str(i) if against == "folder" else io.BytesIO(encoded[i])
+    def theirs(): return [decode(i, source(i)) for i in masks]
+    for (x, t), (y, u) in zip(ours(), theirs()):
+        assert torch.equal(x, y)
+        assert torch.equal(t["masks"], u["masks"]) and torch.equal(t["boxes"], u["boxes"])
     return dict(ours=ours, theirs=theirs), n
 
 
@@ -385,14 +421,18 @@ def start(code):
 
 
 def importing(device):
-    return dict(ours=lambda: start("import maskrcnn_course.mask_rcnn"), theirs=lambda: start("import torchvision.models.detection")), 1
+    return dict(ours=lambda: start("import maskrcnn_course.mask_rcnn"),
+                theirs=lambda: start("import torchvision.models.detection")), 1
 
 
 def first_prediction(device):
-    run = f"; import torch; model.eval().to('{device}'); torch.set_grad_enabled(False); model([torch.rand(3, 300, 400).to('{device}')])"
+    run = (f"; import torch; model.eval().to('{device}'); torch.set_grad_enabled(False); "
+           f"model([torch.rand(3, 300, 400).to('{device}')])")
+    theirs = ("from torchvision.models import get_model; "
+              "model = get_model('maskrcnn_resnet50_fpn', weights=None, weights_backbone=None)")
     return dict(ours=lambda: start(
-        "from maskrcnn_course.mask_rcnn import build_model; model = build_model('standard', 91, False)" + run),
-                theirs=lambda: start("from torchvision.models import get_model; model = get_model('maskrcnn_resnet50_fpn', weights=None, weights_backbone=None)" + run)), 1
+        "from maskrcnn_course import build_model; model = build_model('standard', 91, False)" + run),
+                theirs=lambda: start(theirs + run)), 1
 
 
 OPERATORS = {"RoIAlign, forward and backward": roi_align, "NMS": nms, "matching": matching,
@@ -407,8 +447,11 @@ def cases():
             for n in (1, 2, 8):
                 backend = "inductor" if n == 2 else None  # compiling takes minutes
                 for name, function in (("train", train_step), ("inference", inference)):
-                    known[f"cpu {name} {size} batch {n} {number}"] = partial(function, "cpu", size, n, number,
-                                                                           backend=backend)
+                    known[f"cpu {name} {size} batch {n} {number}"] = partial(
+                        function, "cpu", size, n, number, backend=backend)
+                    if n < 8 and number == "float32":  # the modules of the lessons, not sped up
+                        known[f"plain {name} {size} batch {n} {number}"] = partial(
+                            function, "cpu", size, n, number, fast=False)
             # in 16 bits torchvision mixes up objects beyond the 256th
             if size == "800x1333" and number != "bf16":
                 known[f"cpu train {size} batch 1 {number}, 500 objects"] = partial(
@@ -419,13 +462,16 @@ def cases():
     for kind in ("bbox", "segm"):
         for library in ("pycocotools", "faster-coco-eval"):
             known[f"evaluation {kind} vs {library}"] = partial(evaluation, "cpu", kind, library)
-    known |= {f"reading vs {against}": partial(reading, "cpu", against) for against in ("folder", "decoding alone")}
+    known |= {f"reading vs {against}": partial(reading, "cpu", against)
+              for against in ("folder", "decoding alone")}
     return known | {"import": partial(importing, "cpu")}
 
 
 def machine():
     "What the figures belong to."
-    try: cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
     about = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                  torchvision=torchvision.__version__)
@@ -450,13 +496,16 @@ def line(name, r):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("words", nargs="*", help="cases whose name contains one of these (all)")
     parser.add_argument("--seconds", type=float, default=20, help="of rounds for each case")
-    parser.add_argument("--out", default="benchmarks/results/vs_torchvision.json", help="the file to write or to complete")
+    parser.add_argument("--out", default="benchmarks/results/vs_torchvision.json",
+                        help="the file to write or to complete")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     args = parser.parse_args()
-    chosen = {name: make for name, make in cases().items() if not args.words or any(w in name for w in args.words)}
+    def wanted(name): return not args.words or any(word in name for word in args.words)
+    chosen = {name: make for name, make in cases().items() if wanted(name)}
     if args.list or not chosen: sys.exit("\n".join(chosen or cases()))
     warnings.filterwarnings("ignore")
     out = Path(args.out)

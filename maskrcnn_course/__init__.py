@@ -7,7 +7,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "MaskRCNN": "mask_rcnn", "build_model": "mask_rcnn", "load_model": "mask_rcnn", "save_model": "mask_rcnn",
+    "MaskRCNN": "mask_rcnn", "build_model": "presets", "load_model": "presets", "save_model": "presets",
     "train": "training", "evaluate": "evaluation", "predict": "prediction",
     "InstanceDataset": "data", "import_coco": "importers", "import_cis680": "importers",
     "import_mask_folder": "importers",

@@ -52,7 +52,9 @@ def _paste(image, target, other, donor, generator):
     """`image` with about half of the objects of `other`, which lie in front.
     Of a larger `other` a window is taken, a smaller one lies anywhere."""
     chosen = (torch.rand(len(donor["labels"]), generator=generator) < 0.5) & (donor["iscrowd"] == 0)
-    def offset(n): return torch.randint(abs(n) + 1, (), generator=generator).item() * (1 if n > 0 else -1)
+    def offset(n):
+        steps = int(torch.randint(abs(n) + 1, (), generator=generator))
+        return steps if n > 0 else -steps
     top, left = (offset(there - here) for there, here in zip(other.shape[-2:], image.shape[-2:]))
     other, masks = (
         v2.functional.crop(x, top, left, *image.shape[-2:]) for x in (other, donor["masks"][chosen]))
@@ -70,8 +72,8 @@ def copy_paste(
 ) -> tuple[list, list]:
     "Every image with objects of the batch's next one, at their size in pixels (Ghiasi et al., 2021)."
     pairs = zip(images, targets, images[1:] + images[:1], targets[1:] + targets[:1])
-    images, targets = zip(*(_paste(*pair, generator) for pair in pairs))
-    return list(images), list(targets)
+    pasted = [_paste(*pair, generator) for pair in pairs]
+    return [image for image, _ in pasted], [target for _, target in pasted]
 
 # %% ../nbs/11c_augment.ipynb #5eb2e0bf
 def _collate_pasted(batch): return copy_paste(*collate(batch))

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'mask_box', 'encode_mask', 'decode_mask', 'atomic_write', 'write_dataset', 'decode_image',
-           'InstanceDataset', 'collate', 'pad_images', 'pad_targets']
+           'InstanceDataset', 'collate', 'pad_images', 'pad_targets', 'check_images', 'check_targets']
 
 # %% ../nbs/00_data.ipynb #a83d0e8f
 import json, os, zlib
@@ -24,7 +24,8 @@ from tqdm import tqdm
 # %% ../nbs/00_data.ipynb #fc7fbe41
 def mask_box(mask:np.ndarray) -> tuple[int, int, int, int]:
     "The box that just holds a mask with at least one pixel."
-    ys, xs = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+    ys = mask.any(1).nonzero()[0]
+    xs = mask.any(0).nonzero()[0]
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 # %% ../nbs/00_data.ipynb #4ca45498
@@ -43,22 +44,35 @@ def decode_mask(
     "The 0/1 mask that `encode_mask` encoded; a `ValueError` if its runs do not fill the image exactly."
     codes = np.frombuffer(rle, np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(codes & 32 == 0)
-    if not len(ends) or ends[-1] != len(codes) - 1: raise ValueError("the run-length encoding of a mask is cut off")
+    if not len(ends) or ends[-1] != len(codes) - 1:
+        raise ValueError("the run-length encoding of a mask is cut off")
     starts = np.r_[0, ends[:-1] + 1]
     bit = 5 * (np.arange(len(codes)) - np.repeat(starts, ends - starts + 1))
-    runs = np.add.reduceat((codes & 31) << bit, starts) - ((codes[ends] & 16) << bit[ends] + 1)
-    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    sign = (codes[ends] & 16) << (bit[ends] + 1)
+    runs = np.add.reduceat((codes & 31) << bit, starts) - sign
+    runs[1::2] = runs[1::2].cumsum()
+    runs[2::2] = runs[2::2].cumsum()
     if (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"the runs of a mask add up to {runs.sum()} pixels, and not to {height} × {width}")
-    return np.ascontiguousarray(np.repeat(np.arange(len(runs), dtype=np.uint8) % 2, runs).reshape(width, height).T)
+    values = np.arange(len(runs), dtype=np.uint8) % 2
+    columns = np.repeat(values, runs).reshape(width, height)
+    return np.ascontiguousarray(columns.T)
 
 # %% ../nbs/00_data.ipynb #c3b0243a
-FORMAT, VERSION = "maskrcnn_course", 1
+FORMAT = "maskrcnn_course"
+VERSION = 1
 _TEXT = h5py.string_dtype()
-_IMAGE = np.dtype([("id", "i8"), ("file_name", _TEXT), ("width", "i8"), ("height", "i8"), ("split", _TEXT), ("license", _TEXT),
-                   ("url", _TEXT), ("crc", "i8"), ("data", "i8", 2), ("instances", "i8", 2)])
-_INSTANCE = np.dtype([("image", "i8"), ("label", "i8"), ("box", "f8", 4), ("area", "f8"), ("iscrowd", "i8"), ("rle", "i8", 2)])
-_TABLES = {"images": (_IMAGE, 2**10), "instances": (_INSTANCE, 2**10), "image_bytes": (np.uint8, 2**17), "rle_bytes": (np.uint8, 2**17)}
+_IMAGE = np.dtype([
+    ("id", "i8"), ("file_name", _TEXT), ("width", "i8"), ("height", "i8"),
+    ("split", _TEXT), ("license", _TEXT), ("url", _TEXT),
+    ("crc", "i8"), ("data", "i8", 2), ("instances", "i8", 2)])
+_INSTANCE = np.dtype([
+    ("image", "i8"), ("label", "i8"), ("box", "f8", 4), ("area", "f8"), ("iscrowd", "i8"), ("rle", "i8", 2)])
+_TABLES = {  # type of a row, and how many rows are stored together
+    "images": (_IMAGE, 2**10),
+    "instances": (_INSTANCE, 2**10),
+    "image_bytes": (np.uint8, 2**17),
+    "rle_bytes": (np.uint8, 2**17)}
 
 # %% ../nbs/00_data.ipynb #c0014455
 def _spans(start:int, lengths:list) -> list:
@@ -78,13 +92,17 @@ def _append(f:h5py.File, examples:list) -> None:
         extend(name, np.frombuffer(b"".join(items), np.uint8))
         return spans
 
-    rows = [(len(f["images"]) + i, r) for i, e in enumerate(examples) for r in e["instances"]]
-    rles, data = pack("rle_bytes", [r["rle"] for _, r in rows]), pack("image_bytes", [e["image"] for e in examples])
+    n = len(f["images"])
+    rows = [(n + i, r) for i, e in enumerate(examples) for r in e["instances"]]
+    rles = pack("rle_bytes", [r["rle"] for _, r in rows])
+    data = pack("image_bytes", [e["image"] for e in examples])
     spans = _spans(len(f["instances"]), [len(e["instances"]) for e in examples])
-    extend("instances", np.array([(i, r["label"], tuple(r["box"]), r["area"], r["iscrowd"], rle)
-                                  for (i, r), rle in zip(rows, rles)], _INSTANCE))
-    extend("images", np.array([(*(e.get(k, "") for k in _IMAGE.names[:7]), zlib.crc32(e["image"]), *where)
-                               for e, *where in zip(examples, data, spans)], _IMAGE))
+    instances = [(i, r["label"], tuple(r["box"]), r["area"], r["iscrowd"], rle)
+                 for (i, r), rle in zip(rows, rles)]
+    images = [(*(e.get(k, "") for k in _IMAGE.names[:7]), zlib.crc32(e["image"]), at, span)
+              for e, at, span in zip(examples, data, spans)]
+    extend("instances", np.array(instances, _INSTANCE))
+    extend("images", np.array(images, _IMAGE))
 
 # %% ../nbs/00_data.ipynb #1c6a34dd
 def _check_example(example:dict, classes:list, seen:set, masks:set) -> None:
@@ -94,11 +112,13 @@ def _check_example(example:dict, classes:list, seen:set, masks:set) -> None:
     check(example["id"] not in seen, "another image has the same id")
     check(example["split"] in ("train", "val"), f"split {example['split']!r} is neither 'train' nor 'val'")
     for row in example["instances"]:
-        check(1 <= row["label"] <= len(classes), f"label {row['label']} is none of 1…{len(classes)}, the classes {classes}")
-        x1, y1, x2, y2 = row["box"]
+        label, (x1, y1, x2, y2) = row["label"], row["box"]
+        check(1 <= label <= len(classes),
+              f"label {label} is none of 1…{len(classes)}, the classes {classes}")
         check(x1 < x2 and y1 < y2, f"box {(x1, y1, x2, y2)} has no area")
         masks.add(bool(row["rle"]))
-        check(len(masks) == 1, "some objects have a mask and others have none: give one to all of them, or to none")
+        check(len(masks) == 1,
+              "some objects have a mask and others have none: give one to all of them, or to none")
     seen.add(example["id"])
 
 # %% ../nbs/00_data.ipynb #ad88381d
@@ -119,17 +139,20 @@ def atomic_write(
 def write_dataset(
     path:str | Path,         # the HDF5 file to write
     classes:list | tuple,    # class names, of labels 1, 2, …
-    examples:Iterable[dict], # one dict an image: `image` (encoded bytes), `width`, `height`, `id`, `file_name`, `split`, `instances`
+    examples:Iterable[dict], # of each image: `image` (bytes), `width height id file_name split`, `instances`
     made_by:str,             # a line on where it comes from, kept in the file
     overwrite:bool=False,    # replace a file that exists
     total:int | None=None,   # how many examples will come, for the progress bar
 ) -> Path:
     "Write a data set as one HDF5 file: whole, or not at all."
-    path, classes, seen, masks = Path(path), list(classes), set(), set()
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
+    path, classes = Path(path), list(classes)
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
+    seen, masks = set(), set()
     with atomic_write(path) as temporary, h5py.File(temporary, "w") as f:
         f.attrs.update(format=FORMAT, version=VERSION, classes=json.dumps(classes), made_by=made_by)
-        for name, (dtype, chunk) in _TABLES.items(): f.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(chunk,))
+        for name, (dtype, chunk) in _TABLES.items():
+            f.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(chunk,))
         examples = iter(tqdm(examples, total=total, leave=False, disable=None))
         while batch := list(islice(examples, 64)):
             for example in batch: _check_example(example, classes, seen, masks)
@@ -140,24 +163,31 @@ def write_dataset(
 # %% ../nbs/00_data.ipynb #b4119e48
 def _open_dataset(path:Path) -> h5py.File:
     "The open file, or an error that says why it is not a data set."
-    if not path.is_file(): raise FileNotFoundError(f"no data set at {path}: make one with write_scenes or import_coco")
+    if not path.is_file():
+        raise FileNotFoundError(f"no data set at {path}: make one with write_scenes or import_coco")
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, make it again: {e}") from e
     if f.attrs.get("format") != FORMAT or f.attrs["version"] > VERSION:
-        raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: its attributes are {dict(f.attrs)}")
+        raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: "
+                         f"its attributes are {dict(f.attrs)}")
     return f
 
 # %% ../nbs/00_data.ipynb #7da48dc0
 def decode_image(data:bytes, where:str) -> Image.Image:
     "Decode every pixel of an encoded image to RGB, as stored (an EXIF rotation is not applied)."
     try: return Image.open(BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e: raise ValueError(f"{where}: the image is damaged: {e}") from e
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as e:
+        raise ValueError(f"{where}: the image is damaged: {e}") from e
 
 # %% ../nbs/00_data.ipynb #d7c06cf3
 def _in_hand(f:h5py.File) -> dict:
     "The tables of an open file in memory, its bytes where they are."
-    return dict(images=f["images"][:], instances=f["instances"][:], image_bytes=f["image_bytes"], rle_bytes=f["rle_bytes"],
-                masks=bool(f.attrs.get("masks", True)))
+    return dict(
+        images=f["images"][:],
+        instances=f["instances"][:],
+        image_bytes=f["image_bytes"],
+        rle_bytes=f["rle_bytes"],
+        masks=bool(f.attrs.get("masks", True)))
 
 def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
     "The rows of the objects of image `row`, and their encoded masks."
@@ -179,16 +209,25 @@ def _decode_masks(rles:list, size:tuple, where:str) -> UInt8[Tensor, "n H W"]:
 
 def _read_example(tables:dict, row:int) -> tuple[UInt8[Tensor, "3 H W"], dict]:
     "Image `row` of the open file and its target."
-    entry, (rows, rles) = tables["images"][row], _read_instances(tables, row)
-    where, (start, end) = f"{tables['image_bytes'].file.filename}, image {entry['id']}", entry["data"]
+    entry = tables["images"][row]
+    start, end = entry["data"]
     data = tables["image_bytes"][start:end].tobytes()
-    if zlib.crc32(data) != entry["crc"]: raise ValueError(f"{where}: the image is damaged: its bytes have changed since they were written")
+    where = f"{tables['image_bytes'].file.filename}, image {entry['id']}"
+    if zlib.crc32(data) != entry["crc"]:
+        raise ValueError(f"{where}: the image is damaged: its bytes have changed since they were written")
     image = decode_image(data, where)
-    if image.size != (entry["width"], entry["height"]): raise ValueError(f"{where}: the image has {image.size} pixels, its table {entry}")
-    target = dict(boxes=torch.tensor(rows["box"], dtype=torch.float32), labels=torch.tensor(rows["label"]))
+    if image.size != (entry["width"], entry["height"]):
+        raise ValueError(f"{where}: the image has {image.size} pixels, its table {entry}")
+    rows, rles = _read_instances(tables, row)
+    target = dict(
+        boxes=torch.tensor(rows["box"], dtype=torch.float32),
+        labels=torch.tensor(rows["label"]))
     if tables["masks"]: target["masks"] = _decode_masks(rles, image.size, where)
-    return tvf.pil_to_tensor(image), target | dict(
-        image_id=int(entry["id"]), area=torch.tensor(rows["area"], dtype=torch.float32), iscrowd=torch.tensor(rows["iscrowd"]))
+    target |= dict(
+        image_id=int(entry["id"]),
+        area=torch.tensor(rows["area"], dtype=torch.float32),
+        iscrowd=torch.tensor(rows["iscrowd"]))
+    return tvf.pil_to_tensor(image), target
 
 # %% ../nbs/00_data.ipynb #5ddc21ca
 class InstanceDataset(torch.utils.data.Dataset):
@@ -198,16 +237,23 @@ class InstanceDataset(torch.utils.data.Dataset):
         split:str | None=None, # "train", "val", or None for both; a file without "val" is dealt out 4 : 1
         transforms=None,       # a transform of `torchvision.transforms.v2`, called with (uint8 image, target)
     ):
-        if split not in ("train", "val", None): raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
-        self.path, self.transforms, self._opened, self._pid = Path(path), transforms, None, None
+        if split not in ("train", "val", None):
+            raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
+        self.path = Path(path)
+        self.transforms = transforms
+        self._opened, self._pid = None, None
         with _open_dataset(self.path) as f:
-            self.classes, ids, splits = json.loads(f.attrs["classes"]), f["images"]["id"], f["images"]["split"].astype(str)
+            ids = f["images"]["id"]
+            splits = f["images"]["split"].astype(str)
+            self.classes = json.loads(f.attrs["classes"])
             self.has_masks = bool(f.attrs.get("masks", True))
         if "val" not in splits:
-            splits = np.where(np.random.default_rng(0).permutation(len(ids)) < round(0.8 * len(ids)), "train", "val")
+            place = np.random.default_rng(0).permutation(len(ids))
+            splits = np.where(place < round(0.8 * len(ids)), "train", "val")
         self._rows = np.flatnonzero((splits == split) | (split is None)).tolist()
         if not self._rows: raise ValueError(f"{path} has no image in split {split!r}")
-        self.image_ids, self.num_classes = ids[self._rows].tolist(), len(self.classes) + 1
+        self.image_ids = ids[self._rows].tolist()
+        self.num_classes = len(self.classes) + 1
 
     def __len__(self) -> int: return len(self._rows)
     def __getstate__(self) -> dict: return {**self.__dict__, "_opened": None, "_pid": None}
@@ -215,13 +261,15 @@ class InstanceDataset(torch.utils.data.Dataset):
     @property
     def _tables(self) -> dict:
         "The file, opened once in each process."
-        if self._pid != os.getpid(): self._opened, self._pid = _in_hand(_open_dataset(self.path)), os.getpid()
+        if self._pid != os.getpid():
+            self._opened = _in_hand(_open_dataset(self.path))
+            self._pid = os.getpid()
         return self._opened
 
     def __getitem__(self,
         i:int, # position in the data set
     ) -> tuple[Float32[Tensor, "3 H W"], dict]:
-        "Image `i` in 0…1 and its target: boxes, labels, masks (if the data set has them), image_id, area, iscrowd."
+        "Image `i` in 0…1 and its target: boxes, labels, masks (if there are any), image_id, area, iscrowd."
         image, target = _read_example(self._tables, self._rows[i])
         if self.transforms: image, target = _transform(self.transforms, image, target)
         return tvf.to_dtype(image, torch.float32, scale=True), target
@@ -235,33 +283,46 @@ class InstanceDataset(torch.utils.data.Dataset):
 
     def coco(self) -> dict:
         "The ground truth as COCO writes it: images, annotations with compressed RLE, categories."
-        images, annotations = [self.info(i) for i in range(len(self))], []
+        images = [self.info(i) for i in range(len(self))]
+        annotations = []
         for image, row in zip(images, self._rows):
             for r, rle in zip(*_read_instances(self._tables, row)):
                 x1, y1, x2, y2 = r["box"].tolist()
-                annotations.append(dict(id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]),
-                                        bbox=[x1, y1, x2 - x1, y2 - y1], area=float(r["area"]), iscrowd=int(r["iscrowd"])))
-                if self.has_masks: annotations[-1]["segmentation"] = dict(size=[image["height"], image["width"]], counts=rle.decode())
-        return dict(images=images, annotations=annotations, categories=[dict(id=i, name=c) for i, c in enumerate(self.classes, 1)])
+                annotation = dict(
+                    id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]),
+                    bbox=[x1, y1, x2 - x1, y2 - y1], area=float(r["area"]), iscrowd=int(r["iscrowd"]))
+                if self.has_masks:
+                    size = [image["height"], image["width"]]
+                    annotation["segmentation"] = dict(size=size, counts=rle.decode())
+                annotations.append(annotation)
+        categories = [dict(id=i, name=c) for i, c in enumerate(self.classes, 1)]
+        return dict(images=images, annotations=annotations, categories=categories)
 
 # %% ../nbs/00_data.ipynb #1605c67b
 def _measured_at_border(boxes, masks):
     "The boxes; those that reach the border of the picture as small as their masks."
     height, width = masks.shape[-2:]
-    cut = ((boxes[:, :2] <= 0) | (boxes[:, 2:] >= boxes.new_tensor([width, height]))).any(1) & masks.flatten(1).any(1)
-    return boxes.index_put((cut,), masks_to_boxes(masks[cut]) + boxes.new_tensor([0, 0, 1, 1]))  # the last pixel has a width, too
+    outside = (boxes[:, :2] <= 0) | (boxes[:, 2:] >= boxes.new_tensor([width, height]))
+    cut = outside.any(1) & masks.flatten(1).any(1)
+    measured = masks_to_boxes(masks[cut]) + boxes.new_tensor([0, 0, 1, 1])  # the last pixel has a width, too
+    return boxes.index_put((cut,), measured)
 
 def _transform(transforms, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
-    "Apply `transforms`, measure areas and boxes at the border again, and drop the objects that are left without a box or a pixel."
+    "Apply `transforms`, measure areas and boxes at the border anew, and drop objects with nothing left."
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-    shapes = {"boxes": boxes} | ({"masks": tv_tensors.Mask(target["masks"])} if "masks" in target else {})
+    shapes = {"boxes": boxes}
+    if "masks" in target: shapes["masks"] = tv_tensors.Mask(target["masks"])
     image, target = transforms(tv_tensors.Image(image), target | shapes)
     target |= {k: target[k].as_subclass(Tensor) for k in shapes}
-    if "masks" in target: target["boxes"] = _measured_at_border(target["boxes"], target["masks"].bool())
+    if "masks" in target:
+        target["boxes"] = _measured_at_border(target["boxes"], target["masks"].bool())
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
-    target["area"] = target["masks"].flatten(1).sum(1).float() if "masks" in target else sides.prod(1)
-    keep = (sides > 0).all(1) & (target["area"] > 0)
-    return image.as_subclass(Tensor), {k: v if k == "image_id" else v[keep] for k, v in target.items()}
+    if "masks" in target: area = target["masks"].flatten(1).sum(1).float()
+    else: area = sides.prod(1)
+    target["area"] = area
+    keep = (sides > 0).all(1) & (area > 0)
+    target = {k: v if k == "image_id" else v[keep] for k, v in target.items()}
+    return image.as_subclass(Tensor), target
 
 # %% ../nbs/00_data.ipynb #ead3a3ba
 def collate(
@@ -287,15 +348,69 @@ def pad_images(
 def pad_targets(
     targets:list, # of target dicts
     device=None,  # where the tensors go; None: where they are
-) -> dict:
-    "`boxes` [B, n, 4], `labels` [B, n], `valid` [B, n] and a list of `masks` or None; crowds and boxes without area are not valid."
-    n, first = max(1, *(len(t["labels"]) for t in targets)), targets[0]
-    boxes, labels = first["boxes"].new_zeros(len(targets), n, 4, device=device), first["labels"].new_zeros(len(targets), n, device=device)
+) -> dict:        # `boxes` [B, n, 4], `labels` [B, n], `valid` [B, n] and a list of `masks` or None
+    "Targets padded to one number of objects; crowds and boxes without area are not valid."
+    first = targets[0]
+    n = max(1, *(len(t["labels"]) for t in targets))
+    boxes = first["boxes"].new_zeros(len(targets), n, 4, device=device)
+    labels = first["labels"].new_zeros(len(targets), n, device=device)
     valid = torch.zeros_like(labels, dtype=torch.bool)
     for i, t in enumerate(targets):
         real = (t["boxes"][:, 2:] > t["boxes"][:, :2]).all(1)
         if "iscrowd" in t: real = real & (t["iscrowd"] == 0)
-        for row, values in ((boxes[i], torch.where(real[:, None], t["boxes"], 0)), (labels[i], torch.where(real, t["labels"], 0)), (valid[i], real)):
-            row[:len(values)].copy_(values, non_blocking=True)
-    masks = [t["masks"].to(device, non_blocking=True) for t in targets] if "masks" in first else None
+        k = len(real)
+        boxes[i, :k].copy_(torch.where(real[:, None], t["boxes"], 0), non_blocking=True)
+        labels[i, :k].copy_(torch.where(real, t["labels"], 0), non_blocking=True)
+        valid[i, :k].copy_(real, non_blocking=True)
+    masks = None
+    if "masks" in first: masks = [t["masks"].to(device, non_blocking=True) for t in targets]
     return dict(boxes=boxes, labels=labels, valid=valid, masks=masks)
+
+# %% ../nbs/00_data.ipynb #e5630b18
+def check_images(images) -> None:
+    "A ValueError if these are not images as the model takes them."
+    if len(images) == 0:
+        raise ValueError("no images: give a list with at least one [3, height, width] tensor")
+    for i, image in enumerate(images):
+        if image.dim() != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            raise ValueError(f"image {i} is {image.dtype} of shape {list(image.shape)}; "
+                             "expected floats of shape [3, height, width]")
+
+def _check_boxes(boxes, i):
+    "A ValueError if the boxes of target `i` are none; the values of boxes on a GPU are not read."
+    if not isinstance(boxes, Tensor) or boxes.dim() != 2 or boxes.shape[1] != 4:
+        got = list(boxes.shape) if isinstance(boxes, Tensor) else type(boxes).__name__
+        raise ValueError(f"boxes of target {i} must be a tensor of shape [n, 4], "
+                         f"x1 y1 x2 y2 in pixels; got {got}")
+    if boxes.is_cuda: return
+    wrong = (~(boxes[:, 2:] > boxes[:, :2]).all(1)).nonzero()
+    if len(wrong):
+        j = wrong[0].item()
+        raise ValueError(f"box {j} of target {i} is {boxes[j].tolist()}; "
+                         "boxes are x1 y1 x2 y2 with x1 < x2 and y1 < y2")
+
+def check_targets(
+    targets:list,     # torchvision's dicts: boxes, labels and, if there are any, masks
+    num_classes:int,  # classes with background
+) -> list:            # the same with `iscrowd`, boxes as floats and masks as numbers
+    "A ValueError says what is wrong with them."
+    checked = []
+    for i, target in enumerate(targets):
+        missing = {"boxes", "labels"} - set(target)
+        if missing: raise ValueError(f"target {i} has no {sorted(missing)}")
+        boxes, labels = target["boxes"], target["labels"]
+        masks = target.get("masks", labels)
+        _check_boxes(boxes, i)
+        if not len(boxes) == len(labels) == len(masks):
+            raise ValueError(f"target {i} has {len(boxes)} boxes, "
+                             f"{len(labels)} labels and {len(masks)} masks")
+        if len(labels) and not labels.is_cuda and not 1 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"target {i} has labels {sorted(set(labels.tolist()))}; "
+                             f"expected 1 to {num_classes - 1}")
+        new = {"iscrowd": torch.zeros_like(labels)} | target
+        if not boxes.is_floating_point(): new["boxes"] = boxes.float()
+        if "masks" in target and masks.dtype == torch.bool: new["masks"] = masks.to(torch.uint8)
+        checked.append(new)
+    if len({"masks" in target for target in checked}) > 1:
+        raise ValueError("some of these targets have masks and others have none")
+    return checked

@@ -16,7 +16,7 @@ from .importers import coco_rle, jpeg_bytes, read_coco, resize_mask
 
 # %% ../nbs/00d_download.ipynb #f22fa36e
 COCO = "http://images.cocodataset.org"
-RETRIES = dict(total=6, backoff_factor=0.5)  # of urllib3: about half a minute in all
+RETRIES:dict = dict(total=6, backoff_factor=0.5)  # of urllib3: about half a minute in all
 
 def _session(workers:int):
     "Connections that ask again while a server is away or busy."
@@ -114,7 +114,8 @@ CLASSES = ["vehicle", "person", "animal"]
 def _objects(entry:dict, annotations:list, labels:dict, min_size:int, most:int) -> list:
     "The objects of a photo as they will be in its picture; none if the photo does not fit."
     crop, found = _crop(entry["width"], entry["height"]), []
-    for a in annotations if crop else ():
+    if not crop: return []
+    for a in annotations:
         if a["category_id"] not in labels: continue
         try: mask = coco_rle(a["segmentation"], entry["height"], entry["width"])
         except Exception as e:

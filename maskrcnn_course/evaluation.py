@@ -18,8 +18,8 @@ from .boxes import box_iou
 def rpn_accuracy(
     objectness:Float[Tensor, "*anchors"], # logits; above 0 says object
     labels:Real[Tensor, "*anchors"],      # 1 object, 0 background, -1 neither: not counted
-) -> float:
-    "Expected accuracy over as many object as background anchors, so that chance is 0.5; nan where a kind is missing."
+) -> float:                               # nan where objects or background are missing
+    "Expected accuracy over as many object as background anchors, so that chance is 0.5."
     right = ((objectness > 0) == (labels == 1)).double()
     return (right[labels == 1].mean() + right[labels == 0].mean()).item() / 2
 
@@ -33,13 +33,18 @@ def proposal_recall(
     "Share of all objects that one of the first k proposals of their image covers."
     covers = [box_iou(b, p) >= iou for p, b in zip(proposals, boxes, strict=True)]
     total = sum(len(c) for c in covers)
-    return {k: sum(int(c[:, :k].any(1).sum()) for c in covers) / total if total else math.nan for k in at}
+    if not total: return dict.fromkeys(at, math.nan)
+    return {k: sum(int(c[:, :k].any(1).sum()) for c in covers) / total for k in at}
 
 # %% ../nbs/09_evaluation.ipynb #a0ee628d
 THRESHOLDS = np.linspace(.5, .95, 10)  # IoU from which a detection may count as a find
 RECALLS = np.linspace(0, 1, 101)       # where the curve of precision over recall is read
 MAX_DETECTIONS = (1, 10, 100)          # best detections of one class in one image that are counted
-AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}  # pixels: all, small, medium, large
+AREAS = {  # in pixels
+    "": (0, 1e10),             # all
+    "s": (0, 32**2),           # small
+    "m": (32**2, 96**2),       # medium
+    "l": (96**2, 1e10)}        # large
 
 # %% ../nbs/09_evaluation.ipynb #e1124f74
 def average_precision(
@@ -47,7 +52,7 @@ def average_precision(
     fp:Bool[np.ndarray, "detections curves"], # mistakes; what is neither is not counted
     objects:int,                              # that there are to find, at least 1
 ) -> Float[np.ndarray, "curves"]:
-    "Mean over 101 recalls of the best precision at that recall or above (Everingham et al. 2010, section 4.2)."
+    "Mean over 101 recalls of the best precision at that recall or above (Everingham et al. 2010, 4.2)."
     tp_sum, fp_sum = tp.cumsum(0), fp.cumsum(0)
     d, c = tp.nonzero()
     n = tp_sum[d, c]
@@ -69,12 +74,16 @@ def match(
     "The object that each detection takes at each of the ten thresholds, -1 for none."
     found = np.full((len(turn), ignore.shape[1], len(THRESHOLDS)), -1)
     taken = np.zeros((len(ignore), *found.shape[1:]), bool)
-    order = np.lexsort((obj, iou, det, turn[det]))     # turn by turn; of one detection, what it wants most comes last
-    for pairs in np.split(order, np.diff(turn[det[order]]).nonzero()[0] + 1) if len(order) else []:
+    if not len(det): return found
+    order = np.lexsort((obj, iou, det, turn[det]))     # turn by turn; of one detection, its best pair last
+    turns = np.split(order, np.diff(turn[det[order]]).nonzero()[0] + 1)
+    for pairs in turns:
         d, o, n = det[pairs], obj[pairs], len(pairs)
         free = (iou[pairs, None, None] >= THRESHOLDS) & ~taken[o]
-        wish = np.where(free, np.arange(n)[:, None, None] + n * ~ignore[o][:, :, None], -1)
-        best = np.maximum.reduceat(wish, np.diff(d, prepend=-1).nonzero()[0])
+        wish = np.arange(n)[:, None, None] + n * ~ignore[o][:, :, None]
+        wish = np.where(free, wish, -1)
+        first_pairs = np.diff(d, prepend=-1).nonzero()[0]       # of each detection
+        best = np.maximum.reduceat(wish, first_pairs)
         i, a, t = (best >= 0).nonzero()
         choice = best[i, a, t] % n
         found[d[choice], a, t] = o[choice]
@@ -85,26 +94,32 @@ def match(
 def paired_iou(
     boxes:Float[np.ndarray, "n 4"],  # detections, x y width height
     others:Float[np.ndarray, "n 4"], # the object that each is compared with
-    crowd:Bool[np.ndarray, "n"],     # whether that is a crowd: then the overlap is divided by the detection's area
+    crowd:Bool[np.ndarray, "n"],     # whether that is a crowd: then divide by the detection's area
 ) -> Float[np.ndarray, "n"]:
     "IoU of each box with the one in the same row."
     low = np.maximum(boxes[:, :2], others[:, :2])
     high = np.minimum(boxes[:, :2] + boxes[:, 2:], others[:, :2] + others[:, 2:])
-    overlap, area, other = (wh[:, 0] * wh[:, 1] for wh in ((high - low).clip(0), boxes[:, 2:], others[:, 2:]))
+    overlap = (high - low).clip(0).prod(1)
+    area = boxes[:, 2:].prod(1)
+    other = others[:, 2:].prod(1)
     union = np.where(crowd, area, area + other - overlap)
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=overlap > 0)
 
 # %% ../nbs/09_evaluation.ipynb #a12f1a30
 def _pairs(a:Int[np.ndarray, "n"], b:Int[np.ndarray, "m"]) -> tuple:
     "All i, j with a[i] == b[j], of a sorted `b`."
-    low, high = np.searchsorted(b, a), np.searchsorted(b, a, "right")
+    low = np.searchsorted(b, a)
+    high = np.searchsorted(b, a, "right")
     count = high - low
-    return np.arange(len(a)).repeat(count), np.arange(count.sum()) + (high - count.cumsum()).repeat(count)
+    i = np.arange(len(a)).repeat(count)
+    j = np.arange(count.sum()) + (high - count.cumsum()).repeat(count)
+    return i, j
 
 # %% ../nbs/09_evaluation.ipynb #2f583ca9
 def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     "Pixels in each compressed RLE; -1 for one whose runs do not fill its image exactly."
-    counts = [c if c and not c[-1] - 48 & 32 else b"0" for c in [r["counts"] for r in rles]]  # b"0" fills nothing
+    counts = [r["counts"] for r in rles]
+    counts = [c if c and not (c[-1] - 48) & 32 else b"0" for c in counts]  # b"0" fills nothing
     text = np.frombuffer(b"".join(counts), np.uint8) - np.uint8(48)
     ends = (text & 32 == 0).nonzero()[0]                    # the last character of each number
     length = np.diff(ends, prepend=-1)
@@ -113,11 +128,13 @@ def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
         longer = (length > back).nonzero()[0]
         numbers[longer] = numbers[longer] << 5 | text[ends[longer] - back] & 31
     numbers[length > 7] = -2**40                            # no run is that long
-    size = np.diff(np.searchsorted(ends, np.cumsum([len(c) for c in counts])), prepend=0)  # numbers in each RLE
+    last = np.searchsorted(ends, np.cumsum([len(c) for c in counts]))
+    size = np.diff(last, prepend=0)                         # numbers in each RLE
     first = size.cumsum() - size
     start = first.repeat(size)
     odd = np.arange(len(numbers)) - start & 1
-    sums = np.pad(numbers, (2, len(numbers) % 2)).reshape(-1, 2).cumsum(0).ravel()          # of every other number
+    padded = np.pad(numbers, (2, len(numbers) % 2))
+    sums = padded.reshape(-1, 2).cumsum(0).ravel()          # of every other number
     runs = sums[2:len(numbers) + 2] - sums[start + 2 - odd]
     runs[first] = numbers[first]
     pixels = [math.prod(r["size"]) for r in rles]
@@ -140,8 +157,8 @@ def _each(rows:list, what:str, read:Callable) -> list:
     values = []
     for i, row in enumerate(rows):
         try: values.append(read(row))
-        except Exception as e:
-            raise ValueError(f"{_name(what, row, i)}: {'no ' * isinstance(e, KeyError)}{e}") from None
+        except KeyError as e: raise ValueError(f"{_name(what, row, i)}: no {e}") from None
+        except Exception as e: raise ValueError(f"{_name(what, row, i)}: {e}") from None
     return values
 
 # %% ../nbs/09_evaluation.ipynb #abb26c30
@@ -158,7 +175,8 @@ def _rle(row:dict, sizes:dict) -> dict:
     segmentation, size = row["segmentation"], sizes[row["image_id"]]
     if isinstance(segmentation, list): return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
     counts = segmentation["counts"]
-    if list(segmentation["size"]) != size: raise ValueError(f"a mask of {segmentation['size']} in an image of {size}")
+    if list(segmentation["size"]) != size:
+        raise ValueError(f"a mask of {segmentation['size']} in an image of {size}")
     if isinstance(counts, list): return coco_mask.frPyObjects(segmentation, *size)
     return dict(size=size, counts=counts.encode() if isinstance(counts, str) else bytes(counts))
 
@@ -168,17 +186,22 @@ def shapes_of(rows:list, what:str, images:dict | None=None) -> tuple:
     if images is None:
         boxes = np.array(_each(rows, what, _box), float).reshape(-1, 4)
         return boxes, boxes[:, 2] * boxes[:, 3]
-    sizes = dict(zip(images, _each([*images.values()], "image", lambda image: [image["height"], image["width"]])))
-    rles = _each(rows, what, lambda row: _rle(row, sizes))
-    areas = np.concatenate([np.zeros(0, int), *(_rle_areas(rles[k:k + 128]) for k in range(0, len(rles), 128))])
-    for bad in (areas < 0).nonzero()[0].tolist():
-        raise ValueError(f"{_name(what, rows[bad], bad)}: the runs of its mask do not fill {rles[bad]['size']}")
+    sizes = _each([*images.values()], "image", lambda image: [image["height"], image["width"]])
+    size_of = dict(zip(images, sizes))
+    rles = _each(rows, what, lambda row: _rle(row, size_of))
+    areas = [_rle_areas(rles[k:k + 128]) for k in range(0, len(rles), 128)]
+    areas = np.concatenate([np.zeros(0, int), *areas])
+    broken = (areas < 0).nonzero()[0].tolist()
+    if broken:
+        i = broken[0]
+        raise ValueError(f"{_name(what, rows[i], i)}: the runs of its mask do not fill {rles[i]['size']}")
     return rles, areas
 
 # %% ../nbs/09_evaluation.ipynb #ddf3c552
 def _grouping(images:dict, classes:dict) -> Callable:
     "A function that gives a row one number for its class and its image."
-    image_at, class_at = ({id: k for k, id in enumerate(sorted(ids))} for ids in (images, classes))
+    image_at = {id: k for k, id in enumerate(sorted(images))}
+    class_at = {id: k for k, id in enumerate(sorted(classes))}
     def group(row):
         if row["image_id"] not in images: raise ValueError(f"unknown image_id {row['image_id']}")
         if row["category_id"] not in classes: raise ValueError(f"unknown category_id {row['category_id']}")
@@ -195,30 +218,37 @@ def _outside(area:Real[np.ndarray, "n"]) -> Bool[np.ndarray, "n areas"]:
 def _objects(gt:dict, iou_type:str, images:dict, classes:dict) -> tuple:
     "The ground truth by group: groups, shapes, crowd flags, and what is ignored in each range of areas."
     group = _grouping(images, classes)
-    rows = sorted((a for a in gt["annotations"] if a["image_id"] in images and a["category_id"] in classes), key=group)
+    rows = [a for a in gt["annotations"] if a["image_id"] in images and a["category_id"] in classes]
+    rows = sorted(rows, key=group)
+    groups = np.array([group(a) for a in rows], int)
     crowd = np.array([bool(a.get("iscrowd", 0)) for a in rows], bool)
     area = np.array(_each(rows, "annotation", lambda a: a["area"]), float)
     shapes, _ = shapes_of(rows, "annotation", images if iou_type == "segm" else None)
-    return np.array([*map(group, rows)], int), shapes, crowd, crowd[:, None] | _outside(area)
+    return groups, shapes, crowd, crowd[:, None] | _outside(area)
 
 
 def _detections(results:list, iou_type:str, images:dict, classes:dict) -> tuple:
-    "The results by group and then by score: groups, shapes, scores, turns, and what is outside each range of areas."
+    "The results by group, then by score: groups, shapes, scores, turns, what is outside each range of areas."
     groups = np.array(_each(results, "result", _grouping(images, classes)), int)
     scores = np.array(_each(results, "result", lambda row: float(row["score"])))
-    for i in (~np.isfinite(scores)).nonzero()[0].tolist(): raise ValueError(f"result {i}: its score is {scores[i]}")
+    wrong = (~np.isfinite(scores)).nonzero()[0]
+    if len(wrong): raise ValueError(f"result {wrong[0]}: its score is {scores[wrong[0]]}")
     boxed = iou_type == "bbox" or all("bbox" in r for r in results)
     shapes, area = shapes_of(results, "result", None if boxed else images)
     if boxed and iou_type == "segm": shapes, _ = shapes_of(results, "result", images)
     order = np.lexsort((-scores, groups))
     turn = np.arange(len(order)) - np.searchsorted(groups[order], groups[order])
-    order, turn = (x[turn < MAX_DETECTIONS[-1]] for x in (order, turn))
+    keep = turn < MAX_DETECTIONS[-1]
+    order, turn = order[keep], turn[keep]
     shapes = shapes[order] if iou_type == "bbox" else [shapes[i] for i in order]
     return groups[order], shapes, scores[order], turn, _outside(area[order])
 
 # %% ../nbs/09_evaluation.ipynb #07117144
-def _summary(ap:Float[np.ndarray, "classes areas 10"], ar:Float[np.ndarray, "3 classes areas 10"]) -> dict:
-    "COCO's twelve numbers, of average precision and of recall at 1, 10 and 100 detections; -1 where there is nothing."
+def _summary(
+    ap:Float[np.ndarray, "classes areas 10"],
+    ar:Float[np.ndarray, "3 classes areas 10"], # recall at 1, 10 and 100 detections
+) -> dict:
+    "COCO's twelve numbers, of average precision and of recall; -1 where there is nothing."
     chosen = {"AP": ap[:, 0], "AP50": ap[:, 0, 0], "AP75": ap[:, 0, 5]}
     chosen |= {f"AP{s}": ap[:, a] for a, s in enumerate(AREAS) if s}
     chosen |= {f"AR{n}": r[:, 0] for n, r in zip(MAX_DETECTIONS, ar)}
@@ -226,37 +256,48 @@ def _summary(ap:Float[np.ndarray, "classes areas 10"], ar:Float[np.ndarray, "3 c
     return {name: float(x[x > -1].mean()) if (x > -1).any() else -1. for name, x in chosen.items()}
 
 # %% ../nbs/09_evaluation.ipynb #f745ac3a
-def _mask_iou(masks:list, group:np.ndarray, others:list, other_group:np.ndarray, crowd:np.ndarray) -> np.ndarray:
-    "IoU of every mask with every other one of its group, as `_pairs` lists them; both lists are sorted by group."
+def _mask_iou(
+    masks:list,             # sorted by group
+    group:np.ndarray,       # of each mask
+    others:list,            # sorted by group
+    other_group:np.ndarray, # of each of `others`
+    crowd:np.ndarray,       # which of `others` are crowds
+) -> np.ndarray:
+    "IoU of every mask with every other one of its group, as `_pairs` lists them."
     ious = [np.zeros(0)]
     for g in np.intersect1d(group, other_group):
-        i, j = (slice(*np.searchsorted(groups, [g, g + 1])) for groups in (group, other_group))
+        i = slice(*np.searchsorted(group, [g, g + 1]))
+        j = slice(*np.searchsorted(other_group, [g, g + 1]))
         ious.append(coco_mask.iou(masks[i], others[j], crowd[j].tolist()).ravel())
     return np.concatenate(ious)
 
 # %% ../nbs/09_evaluation.ipynb #480d729f
 def _curves(hit, tp, outside, scores, turn, ignore) -> tuple:
     "AP [areas, 10] and recall [3, areas, 10] of one class."
-    ap, ar = (np.full((*most, len(AREAS), len(THRESHOLDS)), -1.) for most in ((), (len(MAX_DETECTIONS),)))
-    fp, queue = ~hit & ~outside[:, :, None], np.argsort(-scores, kind="stable")
+    ap = np.full((len(AREAS), len(THRESHOLDS)), -1.)
+    ar = np.full((len(MAX_DETECTIONS), *ap.shape), -1.)
+    fp = ~hit & ~outside[:, :, None]
+    queue = np.argsort(-scores, kind="stable")
     for a, objects in enumerate((~ignore).sum(0).tolist()):
-        if objects:
-            ap[a] = average_precision(tp[queue, a], fp[queue, a], objects)
-            ar[:, a] = [tp[turn < most, a].sum(0) / objects for most in MAX_DETECTIONS]
+        if not objects: continue
+        ap[a] = average_precision(tp[queue, a], fp[queue, a], objects)
+        ar[:, a] = [tp[turn < most, a].sum(0) / objects for most in MAX_DETECTIONS]
     return ap, ar
 
 
 def evaluate(
     gt:dict | str | os.PathLike,      # COCO ground truth, or the path of its JSON file
-    results:list | str | os.PathLike, # with image_id, category_id, score, and bbox (x y width height) or segmentation
+    results:list | str | os.PathLike, # image_id, category_id, score, bbox (x y width height) or segmentation
     iou_type:str="bbox",              # "bbox" compares boxes, "segm" masks
-) -> dict:                            # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl; per_class: by name
-    "COCO's twelve numbers, as pycocotools' (-1: nothing to find). A `ValueError` names a result that cannot be right."
+) -> dict:                            # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl per_class
+    "COCO's twelve numbers, as pycocotools' (-1: nothing to find); a `ValueError` names a wrong result."
     gt, results = read_json(gt), read_json(results)
     if iou_type not in ("bbox", "segm"): raise ValueError(f"iou_type is 'bbox' or 'segm', not {iou_type!r}")
     if not isinstance(results, list): raise ValueError(f"results are a list, not a {type(results).__name__}")
-    if lacks := {"images", "annotations", "categories"} - set(gt): raise ValueError(f"the truth lacks {sorted(lacks)}")
-    images, classes = {i["id"]: i for i in gt["images"]}, {c["id"]: c["name"] for c in gt["categories"]}
+    lacks = {"images", "annotations", "categories"} - set(gt)
+    if lacks: raise ValueError(f"the truth lacks {sorted(lacks)}")
+    images = {i["id"]: i for i in gt["images"]}
+    classes = {c["id"]: c["name"] for c in gt["categories"]}
     obj_group, objects, crowd, ignore = _objects(gt, iou_type, images, classes)
     det_group, detections, scores, turn, outside = _detections(results, iou_type, images, classes)
     det, obj = _pairs(det_group, obj_group)
@@ -266,18 +307,21 @@ def evaluate(
     found = match(det[keep], obj[keep], iou[keep], turn, ignore, crowd)
     counts = np.r_[~ignore, [[False] * len(AREAS)]]                # its last row, -1, is for no object
     tp = counts[found, np.arange(len(AREAS))[:, None]]
-    curves = []
+    aps, ars = [], []
     for k in range(len(classes)):
         ends = k * len(images), (k + 1) * len(images)
-        d, o = (slice(*np.searchsorted(group, ends)) for group in (det_group, obj_group))
-        curves.append(_curves(found[d] >= 0, tp[d], outside[d], scores[d], turn[d], ignore[o]))
-    ap, ar = (np.stack(x, axis) for x, axis in zip(zip(*curves), (0, 1)))
+        d = slice(*np.searchsorted(det_group, ends))
+        o = slice(*np.searchsorted(obj_group, ends))
+        ap, ar = _curves(found[d] >= 0, tp[d], outside[d], scores[d], turn[d], ignore[o])
+        aps.append(ap)
+        ars.append(ar)
+    ap, ar = np.stack(aps), np.stack(ars, 1)
     per_class = {classes[c]: _summary(ap[[k]], ar[:, [k]]) for k, c in enumerate(sorted(classes))}
     return _summary(ap, ar) | {"per_class": per_class}
 
 # %% ../nbs/09_evaluation.ipynb #44724f05
 def results_from_predictions(
-    predictions:list,         # of each image: boxes [n, 4], labels [n], scores [n]; masks [n, 1, H, W] may be there
+    predictions:list,         # of each image: boxes [n, 4], labels [n], scores [n], maybe masks [n, 1, H, W]
     image_ids:list,           # of each image
     mask_threshold:float=0.5, # probability above which a pixel belongs to the mask
 ) -> list:
@@ -285,9 +329,10 @@ def results_from_predictions(
     results = []
     for prediction, image_id in zip(predictions, image_ids, strict=True):
         low, high = prediction["boxes"].split(2, -1)
-        columns = torch.cat([low, high - low], -1), prediction["labels"], prediction["scores"]
+        boxes = torch.cat([low, high - low], -1).tolist()
+        labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
         rows = [dict(image_id=image_id, bbox=box, category_id=label, score=score)
-                for box, label, score in zip(*(c.tolist() for c in columns))]
+                for box, label, score in zip(boxes, labels, scores)]
         if "masks" in prediction:
             masks = (prediction["masks"][:, 0] > mask_threshold).permute(1, 2, 0).cpu().numpy()
             for row, rle in zip(rows, coco_mask.encode(np.asfortranarray(masks, np.uint8))):

@@ -35,14 +35,13 @@ class FeatureCache:
         model, mode = self.model, self.model.training
         batch = model.eval().prepare(*inputs)
         features = model.backbone(batch.images)
-        proposals = model.propose(model.run_rpn(features, batch), batch, train=True)
+        rpn = model.rpn(features, batch.image_size)
+        proposals = model.rpn.filter_proposals(rpn, batch.sizes, train=True)
         model.train(mode)
-        # the heads ask only for its size
-        shape = batch.images[:1, :1, :1, :1].clone().expand(batch.images.shape)
         return (
             [f.clamp(-448, 448).to(torch.float8_e4m3fn) for f in features],
             proposals,
-            batch._replace(images=shape))
+            batch._replace(images=None))
 
     def keep(self, result:tuple) -> int:
         "Write what is large, remember the rest; returns the bytes written."
@@ -67,7 +66,7 @@ class FeatureCache:
             return (
                 torch.frombuffer(bytearray(self.file.read(shape.numel())), dtype=dtype).view(shape)
                 if shape.numel() else torch.zeros(shape, dtype=dtype))
-        large = {k: tensor(*one).to(batch.images.device) for k, one in about.items()}
+        large = {k: tensor(*one).to(batch.sizes.device) for k, one in about.items()}
         masks = {k: large.pop(k) for k in ("masks",) if k in large}
         return (
             [f.permute(0, 3, 1, 2) for f in large.values()],

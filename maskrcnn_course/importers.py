@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 import h5py, numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -24,17 +25,16 @@ def coco_rle(segmentation:list | dict, height:int, width:int) -> UInt8[np.ndarra
         if not polygons: return np.zeros((height, width), np.uint8)
         if not all((np.abs(p) < 1e6).all() for p in polygons):
             raise ValueError("a polygon with coordinates that are not finite")
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        rle = dict(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
     else:
         if list(segmentation["size"]) != [height, width]:
             raise ValueError(
                 f"a mask of {segmentation['size']} (height, width) on an image of {[height, width]}")
-        rle = (
-            coco_mask.frPyObjects(segmentation, height, width)
-            if isinstance(segmentation["counts"], list) else segmentation
-        )
-    return decode_mask(
-        rle["counts"] if isinstance(rle["counts"], bytes) else rle["counts"].encode(), height, width)
+        rle = segmentation
+        if isinstance(rle["counts"], list):
+            rle = dict(coco_mask.frPyObjects(rle, height, width))  # pyright: ignore
+    counts:Any = rle["counts"]
+    return decode_mask(counts if isinstance(counts, bytes) else counts.encode(), height, width)
 
 # %% ../nbs/00b_importers.ipynb #8127a23b
 def resize_mask(mask:UInt8[np.ndarray, "h w"], height:int, width:int) -> UInt8[np.ndarray, "height width"]:
@@ -76,6 +76,7 @@ def _class_of(categories:list, groups:str | dict | None) -> dict:
                 f"groups is \"supercategory\", but the categories {without} have none; "
                 "leave groups out, and each category is a class")
         return known
+    assert isinstance(groups, dict)
     class_of = {category: name for name, members in groups.items() for category in members}
     if unknown := sorted(class_of.keys() - known.keys()):
         raise ValueError(f"groups names {unknown}, but the categories are {list(known)}")
@@ -289,7 +290,7 @@ def import_mask_folder(
 # %% ../nbs/00b_importers.ipynb #27e7ec85
 class _Note:
     "What a pickle names: notes how it would be called and filled, and does nothing."
-    def __init__(self, name:str, args:tuple=()): self.name, self.args, self.state = name, args, None
+    def __init__(self, name:str, args:tuple=()): self.name, self.args, self.state = name, args, ()
     def __call__(self, *args): return _Note(self.name, args)
     def __setstate__(self, state): self.state = state
 
@@ -375,11 +376,11 @@ def _cis680_examples(
     images:h5py.Dataset, masks:h5py.Dataset, labels:list, boxes:list, said:Counter
 ) -> Iterator[dict]:
     "What `write_dataset` takes, image by image; `said` counts what is dropped or remarkable."
-    masks, name = _rows(masks), Path(images.file.filename).stem
+    mask_rows, name = _rows(masks), Path(images.file.filename).stem
     for i, image in enumerate(_rows(images)):
         instances = []
         # zip asks masks last: it takes a mask only if there is a label.
-        for label, (x1, y1, x2, y2), mask in zip(labels[i].tolist(), boxes[i].tolist(), masks):
+        for label, (x1, y1, x2, y2), mask in zip(labels[i].tolist(), boxes[i].tolist(), mask_rows):
             if not mask.any(): said["objects dropped: an empty mask"] += 1
             elif not (x1 < x2 and y1 < y2): said["objects dropped: a box without area"] += 1
             else:
@@ -415,9 +416,10 @@ def _open_data(path:Path) -> Iterator[h5py.Dataset]:
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, fetch it again: {e}") from e
     with f:
-        if not isinstance(f.get("data"), h5py.Dataset):
+        table = f.get("data")
+        if not isinstance(table, h5py.Dataset):
             raise ValueError(f"{path} has no table 'data', only {list(f)}")
-        yield f["data"]
+        yield table
 
 # %% ../nbs/00b_importers.ipynb #0a7b0592
 def import_cis680(

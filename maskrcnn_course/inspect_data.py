@@ -8,8 +8,11 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-import matplotlib, numpy as np
+from typing import Any
+import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 from .data import InstanceDataset, mask_box
@@ -27,17 +30,14 @@ def _off(box:list, mask:np.ndarray) -> float:
 def _twice(target:dict) -> Iterator[tuple]:
     "Pairs of objects that cover the same, and their IoU; crowds cover others by right."
     if "masks" in target:
-        shapes = coco_mask.encode(np.asfortranarray(target["masks"].permute(1, 2, 0).numpy()))
+        shapes:Any = coco_mask.encode(np.asfortranarray(target["masks"].permute(1, 2, 0).numpy()))
     else:
-        shapes = np.array([[x1, y1, x2 - x1, y2 - y1]
-                           for x1, y1, x2, y2 in target["boxes"].tolist()]).reshape(-1, 4)
+        shapes = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in target["boxes"].tolist()]
     alone = np.flatnonzero((target["iscrowd"] == 0) & (target["area"] > 0)).tolist()
     if len(alone) < 2: return
     shapes = [shapes[i] for i in alone]
-    iou = coco_mask.iou(
-        shapes if "masks" in target else np.array(shapes),
-        shapes if "masks" in target else np.array(shapes),
-        [0] * len(alone))
+    alike = shapes if "masks" in target else np.array(shapes)
+    iou = np.asarray(coco_mask.iou(alike, alike, [0] * len(alone)))
     for i, j in zip(*(np.triu(iou, 1) > TWICE).nonzero()): yield alone[i], alone[j], iou[i, j]
 
 # %% ../nbs/00c_inspect.ipynb #49e78ef9
@@ -124,11 +124,11 @@ def _draw_image(ax, data:InstanceDataset, i:int) -> None:
     colours = [COLOURS[(label - 1) % len(COLOURS)] for label in target["labels"].tolist()]
     for mask, colour in zip(target.get("masks", ()), colours):
         inside = mask.numpy() > 0
-        picture[inside] = 0.5 * picture[inside] + 0.5 * np.array(matplotlib.colors.to_rgb(colour))
+        picture[inside] = 0.5 * picture[inside] + 0.5 * np.array(to_rgb(colour))
     ax.imshow(picture, extent=(0, image.shape[2], image.shape[1], 0))
     for (x1, y1, x2, y2), label, crowd, colour in zip(
             target["boxes"].tolist(), target["labels"].tolist(), target["iscrowd"].tolist(), colours):
-        ax.add_patch(matplotlib.patches.Rectangle(
+        ax.add_patch(Rectangle(
             (x1, y1), x2 - x1, y2 - y1,
             fill=False, ec=colour, lw=1.3, ls=":" if crowd else "-"))
         ax.text(
@@ -139,7 +139,7 @@ def _draw_image(ax, data:InstanceDataset, i:int) -> None:
 # %% ../nbs/00c_inspect.ipynb #0a9a4318
 def contact_sheet(
     path:str | Path,   # an HDF5 file
-    findings:list=(),  # of `inspect_dataset`; images of every kind come first
+    findings:list|tuple=(), # of `inspect_dataset`; images of every kind come first
     n:int=12,          # images to show
 ) -> Figure:
     "Images with everything that is marked on them; over a suspicious one stands why."

@@ -20,7 +20,7 @@ from .data import atomic_write
 from .inspect_data import COLOURS
 from .boxes import box_iou, clip_boxes, decode_boxes
 from .anchors import assign_targets_to_anchors
-from .mask_head import paste_masks
+from .mask_head import paste_masks_in_image
 from .mask_rcnn import MaskRCNN
 
 # %% ../nbs/13_predict.ipynb #d26518a0
@@ -68,7 +68,7 @@ def find_photos(
 # %% ../nbs/13_predict.ipynb #f051348e
 def _shrink(model, image):
     "The photo as floats; one of more than twice the model's size is reduced, every pixel counted."
-    size = model._size(image)
+    size = model.transform.resized(tuple(image.shape[-2:]))
     if max(image.shape[-2:]) > 2 * max(size) or not min(size):  # no side becomes thinner than a pixel
         image = tvf.resize(image, [max(1, s) for s in size], antialias=True)
     return tvf.to_dtype(image, torch.float32, scale=True)
@@ -81,17 +81,13 @@ def predict(
     threshold:float=0.5, # least score
 ) -> list:               # torchvision's dicts, with masks as booleans [n, 1, height, width]
     "Predictions of at least this score. Only their masks are made, and pasted one by one: large photos fit."
-    batch = model.prepare([_shrink(model, image) for image in images])
-    features = model.extract_features(batch)
-    boxes, labels, scores, valid = model.detect(
-        features, model.propose(model.run_rpn(features, batch), batch, train=False), batch)
-    valid = valid & (scores >= threshold)
-    masks = model.mask_logits(features, (boxes, labels, scores, valid), batch).sigmoid()
-    results = []
-    for image, size, v, *found in zip(images, batch.sizes, valid, boxes, labels, scores, masks):
+    stages = model.stages([_shrink(model, image) for image in images], score_thresh=threshold)
+    boxes, labels, scores, valid = stages["detections"].values()
+    masks, results = stages["mask_logits"].sigmoid(), []
+    for image, size, v, *found in zip(images, stages["batch"].sizes, valid, boxes, labels, scores, masks):
         (h, w), (box, label, score, mask) = image.shape[-2:], (x[v].cpu() for x in found)
         box = box * (torch.tensor([w, h, w, h]) / size.cpu().flip(0).repeat(2))
-        pasted = [paste_masks(m[None], b[None], (h, w))[None] > 0.5 for m, b in zip(mask, box)]
+        pasted = [paste_masks_in_image(m[None], b[None], (h, w))[None] > 0.5 for m, b in zip(mask, box)]
         results.append(dict(boxes=box, labels=label, scores=score,
                             masks=torch.cat([torch.zeros(0, 1, h, w) > 0, *pasted])))
     return results
@@ -178,22 +174,23 @@ def look(
     before:int=20,                # boxes of the box head to show
 ) -> dict:                        # anchors, proposals (best first), iou [n]; predictions before and after NMS
     "One photo seen stage by stage, all in its own coordinates."
-    stages, s, goal = model.stages([image]), model.settings, model.prepare([image], [target]).targets
+    stages, heads = model.stages([image], [target]), model.roi_heads
     batch, p, anchors = stages["batch"], stages["proposals"], torch.cat(stages["anchors"])
+    goal = batch.targets
     scale = (torch.tensor(image.shape[-2:]).to(batch.sizes) / batch.sizes[0]).flip(0).repeat(2)
-    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"],
-                                          s.rpn_fg_iou_thresh, s.rpn_bg_iou_thresh)
+    labels, _ = assign_targets_to_anchors(anchors, goal["boxes"], goal["valid"], model.rpn.matcher())
     proposals = p["boxes"][0, p["valid"][0]]
-    logits, deltas = (x[0, p["valid"][0]]
-                      for x in model.run_box_head(stages["features"], p["boxes"], p["valid"], batch))
+    answers = heads.predict_boxes(stages["features"], p["boxes"], p["valid"], batch.image_size)
+    logits, deltas = (x[0, p["valid"][0]] for x in answers)
     scores = logits.softmax(-1)[:, 1:]
     best, index = scores.flatten().topk(min(before, scores.numel()))
     row, label = index // scores.shape[1], index % scores.shape[1] + 1
-    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], s.bbox_reg_weights)[None],
+    boxes = clip_boxes(decode_boxes(deltas[row, label], proposals[row], heads.bbox_reg_weights)[None],
                        batch.sizes)[0]
     iou = box_iou(proposals, goal["boxes"][0]).amax(1)
     return dict(anchors=anchors[labels[0] == 1] * scale, proposals=proposals * scale, iou=iou,
-                before=dict(boxes=boxes * scale, labels=label, scores=best), after=stages["predictions"][0])
+                before=dict(boxes=boxes * scale, labels=label, scores=best),
+                after=model.transform.postprocess(stages)[0])
 
 # %% ../nbs/13_predict.ipynb #867755c3
 def write_results(
@@ -238,12 +235,12 @@ def predict_video(
                 if stream is None:
                     stream = new.add_stream("libx264", rate=video.average_rate, options={"crf": "20"})
                     stream.width, stream.height, stream.pix_fmt = image.shape[2], image.shape[1], "yuv420p"
-                    stream.codec_context.time_base = video.time_base
+                    stream.codec_context.time_base = video.time_base  # pyright: ignore
                 drawn = draw(image, prediction, classes, threshold).permute(1, 2, 0).contiguous()
                 frame = av.VideoFrame.from_ndarray(drawn.numpy())
                 frame.pts, frame.time_base = pts, time_base
                 new.mux(stream.encode(frame))
             if stream is None: raise ValueError(f"{source}: the video has no frame")
             new.mux(stream.encode())
-    except av.FFmpegError as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
+    except av.error.FFmpegError as e: raise ValueError(f"{source} cannot be read as a video: {e}") from e
     return out

@@ -7,7 +7,6 @@ __all__ = ['GREEN', 'BLUE', 'GREY', 'metrics_table', 'write_report']
 import html, json, string
 from base64 import b64encode
 from collections.abc import Iterable
-from dataclasses import asdict
 from io import BytesIO, StringIO
 from pathlib import Path
 import matplotlib, torch
@@ -171,7 +170,7 @@ def write_report(
     n:int=6,                 # images to show
 ) -> Path:
     "Write `report.html`, one file with everything in it: settings, curves, AP, what each stage saw."
-    out, s = Path(out), model.settings
+    out = Path(out)
     settings = json.loads((out / "settings.json").read_text()) if (out / "settings.json").is_file() else {}
     recall = {str(k): f"{v:.3f}" for k, v in metrics["rpn"]["recall"].items()}  # JSON makes its keys strings
     kinds = [(kind, name) for kind, name in (("bbox", "box"), ("segm", "mask")) if kind in metrics]
@@ -196,6 +195,6 @@ def write_report(
         keys="".join(legend),
         stories="".join(stories),
         settings=_table({**settings, **metrics.get("machine", {})}.items()),
-        numbers=_table(asdict(s).items()))
+        numbers=_table(model.settings.items()))
     with atomic_write(out / "report.html") as part: part.write_text(page, encoding="utf-8")
     return out / "report.html"

@@ -15,16 +15,22 @@ from .boxes import box_area
 # %% ../nbs/06_roi_align.ipynb #e3d223c2
 def roi_align(
     features:Float[Tensor, "batch c h w"], # one feature map per image
-    boxes:Tensor|list,                     # [K, 5] with the image's index first, or one [n, 4] per image; pixels
+    boxes:Tensor|list,                     # [K, 5] with the image's index first, or one [n, 4] per image
     output_size:int|tuple,                 # bins per side, or (rows, columns)
     spatial_scale:float=1.0,               # cells of the map per pixel of the image
     sampling_ratio:int=-1,                 # samples per side of a bin; -1: as many as cells lie in it
-    aligned:bool=False,                    # true: cells' centres at half coordinates; false: as first published
+    aligned:bool=False,                    # true: cells' centres at half coordinates; false: as published
 ) -> Float[Tensor, "k c rows columns"]:
-    "Every box's part of the map in a fixed number of bins, each the mean of bilinear samples (Mask R-CNN, section 3)."
-    wide = torch.promote_types(features.dtype, torch.float32)  # a place in half precision would be a hundredth of a cell off
+    """Every box's part of the map in a fixed number of bins, each the mean of bilinear samples.
+
+    Mask R-CNN, section 3. Computed in float32 at least: a place in half precision would be off by up to
+    several hundredths of a cell.
+    """
+    wide = torch.promote_types(features.dtype, torch.float32)
     boxes = [b.to(wide) for b in boxes] if isinstance(boxes, list) else boxes.to(wide)
-    return torchvision.ops.roi_align(features.to(wide), boxes, output_size, spatial_scale, sampling_ratio, aligned).to(features.dtype)
+    bins = torchvision.ops.roi_align(
+        features.to(wide), boxes, output_size, spatial_scale, sampling_ratio, aligned)
+    return bins.to(features.dtype)
 
 # %% ../nbs/06_roi_align.ipynb #2845ebee
 def roi_levels(
@@ -41,15 +47,17 @@ def roi_levels(
 
 # %% ../nbs/06_roi_align.ipynb #7565f639
 def _axis_samples(start, length, bins, ratio, cells):
-    "Cells [K, bins, 2 * ratio] and weights that make up each bin along one axis of a map with `cells` [K] cells."
+    "Cells and weights [K, bins, 2 * ratio] of each bin along one axis of maps with `cells` [K] cells."
     steps = (torch.arange(bins * ratio, dtype=start.dtype, device=start.device) + 0.5) / (bins * ratio)
-    at, last = start[:, None] + steps * length[:, None], (cells - 1)[:, None]
+    at = start[:, None] + steps * length[:, None]
+    last = (cells - 1)[:, None]
     inside = (at >= -1) & (at <= cells[:, None])  # false where it is not a number
     at = torch.minimum(at.nan_to_num().clamp(min=0), last.to(at))
     low = at.floor().long()
     high = torch.minimum(low + 1, last)
     part = at - low
-    cell, weight = torch.stack([low, high], -1), torch.stack([1 - part, part], -1) * inside[..., None] / ratio
+    cell = torch.stack([low, high], -1)
+    weight = torch.stack([1 - part, part], -1) * inside[..., None] / ratio
     return cell.view(-1, bins, 2 * ratio), weight.view(-1, bins, 2 * ratio)
 
 # %% ../nbs/06_roi_align.ipynb #21fb25ea
@@ -74,20 +82,22 @@ def _bin_cells(
 def _level_by_level(features, rois, output_size, powers, level):
     "Adaptive RoIAlign of every box on its level, in the order of the boxes."
     index = [(level == i).nonzero()[:, 0] for i in range(len(features))]
-    bins = [roi_align(f.to(rois), rois[i], output_size, 2.0 ** -k).to(f) for f, i, k in zip(features, index, powers)]
+    bins = [
+        roi_align(f.to(rois), rois[i], output_size, 2.0 ** -k).to(f)
+        for f, i, k in zip(features, index, powers)]
     return torch.cat(bins)[torch.cat(index).argsort()]
 
 # %% ../nbs/06_roi_align.ipynb #b725f6c3
 def multiscale_roi_align(
-    features:list,                # a map [batch, channels, rows, columns] per level, finest first, strides powers of 2
+    features:list,                # a map [batch, channels, rows, columns] per level; strides double
     rois:Float[Tensor, "k 5"],    # image index, x1 y1 x2 y2 in pixels
     output_size:int,              # bins per side
     image_size:tuple,             # height and width of the padded batch, in pixels
-    sampling_ratio:int=2,         # samples per side of a bin; -1: as many as cells lie in it, each level on its own
+    sampling_ratio:int=2,         # samples per side of a bin; -1: as many as cells lie in it
     canonical_scale:float=224.,   # a box with sides of this many pixels ...
     canonical_level:int=4,        # ... belongs to this level
 ) -> Float[Tensor, "k c bins bins"]:
-    "RoIAlign of every box on the level that serves it, all levels at once: a weighted sum of rows of one table."
+    "RoIAlign of every box on its level, all levels at once: a weighted sum of rows of one table."
     powers = [round(math.log2(image_size[0] / f.shape[-2])) for f in features]
     level = roi_levels(rois[:, 1:], powers[0], powers[-1], canonical_scale, canonical_level)
     if sampling_ratio <= 0: return _level_by_level(features, rois, output_size, powers, level)

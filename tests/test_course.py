@@ -18,7 +18,8 @@ def module_of(path):
     return found and found[1]
 
 
-HANDS_OVER = {"mask_rcnn": {"torchvision_weights"}}  # methods that only call a function of a later module
+# functions that call one of a later module: methods of the model, and what gives back the lessons' modules
+HANDS_OVER = {"mask_rcnn": {"torchvision_weights"}, "torchvision_weights": {"speed"}}
 MODULES = [name for path in NOTEBOOKS if (name := module_of(path))]
 
 
@@ -28,9 +29,8 @@ def test_every_module_comes_from_a_notebook():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_only_from_modules_before_it(name):
-    tree = ast.parse((ROOT / "maskrcnn_course" / f"{name}.py").read_text(encoding="utf-8"))
     imported = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(name)):
         if not isinstance(node, ast.ImportFrom): continue
         module = "." * node.level + (node.module or "")
         if module in (".", "maskrcnn_course"): imported |= {alias.name for alias in node.names}
@@ -39,10 +39,46 @@ def test_a_module_imports_only_from_modules_before_it(name):
     assert imported - HANDS_OVER.get(name, set()) <= set(MODULES[:MODULES.index(name)])
 
 
+LESSONS = ["boxes", "anchors", "rpn", "fpn", "roi_align", "box_head", "mask_head", "evaluation", "mask_rcnn"]
+ENGINE = {"kernels", "speed", "tta", "presets", "augment", "features"}
+
+
+def tree_of(name): return ast.parse((ROOT / "maskrcnn_course" / f"{name}.py").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_asks_nothing_of_the_engine_or_the_device(name):
+    "The lesson is the definition: only `apply_to_valid` may look at where a tensor lies."
+    for node in tree_of(name).body:
+        if isinstance(node, ast.ImportFrom): assert node.module not in ENGINE
+        if getattr(node, "name", None) == "apply_to_valid": continue
+        words = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+        assert not words & {"is_cuda", "is_cpu", "is_mps", "get_device", "mkldnn", "cuda"}, node.lineno
+        compared = [n for n in ast.walk(node) if isinstance(n, ast.Compare)]
+        assert not any("device" in ast.unparse(n) for n in compared), node.lineno
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_function_of_a_lesson_fits_on_a_screen(name):
+    "Under 40 lines; a constructor's list of documented settings is a table and does not count."
+    for node in ast.walk(tree_of(name)):
+        if not isinstance(node, ast.FunctionDef): continue
+        first = node.body[0].lineno if node.name == "__init__" else node.lineno
+        assert node.end_lineno - first + 1 < 40, f"{name}.{node.name}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_takes_what_another_keeps_to_itself(name):
+    for node in ast.walk(tree_of(name)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert not [alias.name for alias in node.names if alias.name.startswith("_")]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_no_ready_made_detector_and_no_development_tool_in_the_library(name):
     text = (ROOT / "maskrcnn_course" / f"{name}.py").read_text(encoding="utf-8")
-    assert not re.search(r"import (fastcore|nbdev|IPython|ipywidgets)|from (fastcore|nbdev|IPython|ipywidgets)", text)
+    assert not re.search(r"import (fastcore|nbdev|IPython|ipywidgets)|"
+                         r"from (fastcore|nbdev|IPython|ipywidgets)", text)
     if name != "torchvision_weights": assert "models.detection" not in text  # there, to hand weights over
 
 
@@ -52,6 +88,15 @@ def test_a_notebook_is_whole_and_small(path):
     assert outputs and not [o for o in outputs if o["output_type"] == "error"]
     assert path.stat().st_size < 1.5e6
     assert not re.search(r"/(home|root|Users)/\w", "".join("".join(o.get("text", "")) for o in outputs))
+
+
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS + sorted(ROOT.glob("tests/*.py")) + sorted(ROOT.glob("benchmarks/*.py")),
+    ids=lambda p: p.name)
+def test_no_code_line_is_longer_than_110_columns(path):
+    if path.suffix == ".py": text = path.read_text(encoding="utf-8")
+    else: text = "\n".join("".join(c["source"]) for c in CELLS[path] if c["cell_type"] == "code")
+    assert not [line for line in text.splitlines() if len(line) > 110]
 
 
 PUBLIC = ["MaskRCNN", "build_model", "load_model", "save_model", "train", "evaluate", "predict",

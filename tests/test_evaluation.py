@@ -24,7 +24,9 @@ def peer(gt, results, iou_type):
         truth.dataset = copy.deepcopy(gt)
         truth.createIndex()
         e = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), iou_type)
-        e.evaluate(), e.accumulate(), e.summarize()
+        e.evaluate()
+        e.accumulate()
+        e.summarize()
     mean = lambda x: x[x > -1].mean() if (x > -1).any() else -1
     precision = e.eval["precision"][:, :, :, 0, 2]
     return e.stats, [(mean(precision[:, :, k]), mean(precision[0, :, k])) for k in range(precision.shape[2])]
@@ -38,7 +40,8 @@ def assert_equal(gt, results, iou_type):
     theirs, classes = peer(gt, results, iou_type)
     assert list(ours) == [*NAMES, "per_class"]
     np.testing.assert_allclose([ours[k] for k in NAMES], theirs, rtol=0, atol=1e-12)
-    np.testing.assert_allclose([(c["AP"], c["AP50"]) for c in ours["per_class"].values()], classes, rtol=0, atol=1e-12)
+    per_class = [(c["AP"], c["AP50"]) for c in ours["per_class"].values()]
+    np.testing.assert_allclose(per_class, classes, rtol=0, atol=1e-12)
     return ours
 
 
@@ -65,8 +68,11 @@ def spell(rng, rle, box):
 
 
 def hard_case(seed, images=5, most=4, decimals=1, whole=True, boxes=True):
-    """Noise, duplicates, wrong classes, crowds, ties; some images have no objects, some no results, one class no objects.
-    `whole` boxes put IoUs right on the thresholds."""
+    """Noise, duplicates, wrong classes, crowds, ties.
+
+    Some images have no objects, some no results, one class no objects.
+    `whole` boxes put IoUs right on the thresholds.
+    """
     rng = np.random.default_rng(seed)
     number = (lambda v: [int(q) for q in v]) if whole else (lambda v: [float(q) for q in v])
     table = [dict(id=int(i), height=H, width=W) for i in rng.permutation(1000)[:images]]
@@ -77,16 +83,23 @@ def hard_case(seed, images=5, most=4, decimals=1, whole=True, boxes=True):
             box = number([*rng.uniform(0, 30, 2), *wh])
             rle, label, crowd = disc(*box), int(rng.integers(1, 4)), int(rng.random() < .25)
             for _ in range(1 + (rng.random() < .2)):
-                annotations.append(dict(id=len(annotations) + 1, image_id=image["id"], category_id=label, bbox=box, iscrowd=crowd,
-                                        area=float(rng.choice([wh.prod(), 32**2, 96**2])), segmentation=spell(rng, rle, box)))
+                annotations.append(dict(
+                    id=len(annotations) + 1, image_id=image["id"], category_id=label, bbox=box, iscrowd=crowd,
+                    area=float(rng.choice([wh.prod(), 32**2, 96**2])), segmentation=spell(rng, rle, box)))
             for _ in range(rng.integers(0, most + 1)):
                 near = np.array(box) + rng.normal(0, rng.choice([0, .05, .3]), 4) * np.tile(wh, 2)
                 near = number([*near[:2].clip(0), *near[2:].clip(1)])
-                results.append(dict(image_id=image["id"], category_id=label if rng.random() < .85 else int(rng.integers(1, 5)),
-                                    score=round(rng.random(), decimals), segmentation=disc(*near), **dict(bbox=near) if boxes else {}))
-    if not results: results = [dict(image_id=table[0]["id"], category_id=1, score=.5, segmentation=disc(5, 5, 9, 9),
-                                    **dict(bbox=[5, 5, 9, 9]) if boxes else {})]
-    rng.shuffle(results), rng.shuffle(annotations), rng.shuffle(table)
+                results.append(dict(
+                    image_id=image["id"],
+                    category_id=label if rng.random() < .85 else int(rng.integers(1, 5)),
+                    score=round(rng.random(), decimals),
+                    segmentation=disc(*near),
+                    **dict(bbox=near) if boxes else {}))
+    if not results:
+        results = [dict(
+            image_id=table[0]["id"], category_id=1, score=.5, segmentation=disc(5, 5, 9, 9),
+            **dict(bbox=[5, 5, 9, 9]) if boxes else {})]
+    for rows in (results, annotations, table): rng.shuffle(rows)
     categories = [dict(id=i, name=f"class {i}") for i in (4, 2, 1, 3)]
     return dict(images=table, annotations=list(annotations), categories=categories), list(results)
 
@@ -126,18 +139,22 @@ def test_real_annotations_equal_pycocotools(photos, iou_type):
         for _ in range(rng.integers(0, 4)):
             dx, dy = rng.integers(-9, 10, 2)
             rle = packed(np.roll(mask, (dy, dx), (0, 1)))
-            results.append(dict(image_id=a["image_id"], category_id=int(rng.choice([a["category_id"]] * 8 + [1, 2, 3])),
-                                segmentation=rle, bbox=coco_mask.toBbox(rle).tolist(), score=round(rng.random(), 2)))
+            results.append(dict(
+                image_id=a["image_id"], category_id=int(rng.choice([a["category_id"]] * 8 + [1, 2, 3])),
+                segmentation=rle, bbox=coco_mask.toBbox(rle).tolist(), score=round(rng.random(), 2)))
     ours = assert_equal(gt, results, iou_type)
     assert 0 < ours["AP"] < 1 and set(ours["per_class"]) == {"vehicle", "person", "animal"}
 
 
 def one(box=(10, 10, 40, 40), **changes):
-    return dict(id=1, image_id=1, category_id=1, bbox=list(box), area=box[2] * box[3], iscrowd=0, segmentation=disc(*box)) | changes
+    plain = dict(id=1, image_id=1, category_id=1, bbox=list(box), area=box[2] * box[3], iscrowd=0,
+                 segmentation=disc(*box))
+    return plain | changes
 
 
 def truth(*annotations, categories=("thing", "other")):
-    return dict(images=[dict(id=1, height=H, width=W), dict(id=2, height=H, width=W)], annotations=list(annotations),
+    return dict(images=[dict(id=1, height=H, width=W), dict(id=2, height=H, width=W)],
+                annotations=list(annotations),
                 categories=[dict(id=i, name=c) for i, c in enumerate(categories, 1)])
 
 
@@ -170,12 +187,14 @@ def test_annotations_of_other_images_and_categories_are_not_counted():
 
 def test_reads_paths(tmp_path):
     gt, results = hard_case(5)
-    for name, content in (("gt", gt), ("results", results)): (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    for name, content in (("gt", gt), ("results", results)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     assert evaluate(tmp_path / "gt.json", str(tmp_path / "results.json")) == evaluate(gt, results)
     with pytest.raises(FileNotFoundError): evaluate(tmp_path / "none.json", results)
 
 
 RLE = disc(10, 10, 40, 40)
+RUNS = r"the runs of its mask do not fill \[110, 140\]"
 BAD = {  # what is wrong with a result: the changes, what the error says
     "image": (dict(image_id=99), "unknown image_id 99"),
     "image as text": (dict(image_id="1"), "unknown image_id 1"),
@@ -184,19 +203,22 @@ BAD = {  # what is wrong with a result: the changes, what the error says
     "score is infinite": (dict(score=math.inf), "its score is inf"),
     "no score": (dict(score=None), "NoneType"),
     "three numbers": (dict(bbox=[1, 2, 3]), "values to unpack"),
-    "negative side": (dict(bbox=[1, 2, -3, 4]), "bbox is x, y, width, height"),
-    "box with nan": (dict(bbox=[1, 2, math.nan, 4]), "bbox is x, y, width, height"),
+    "negative side": (dict(bbox=[1, 2, -3, 4]),
+                      "a bbox is x, y, width, height in pixels, not \\[1, 2, -3, 4\\]"),
+    "box with nan": (dict(bbox=[1, 2, math.nan, 4]),
+                     "a bbox is x, y, width, height in pixels, not \\[1, 2, nan, 4\\]"),
     "box of text": (dict(bbox=["1", "2", "3", "4"]), "real number"),
     "box is none": (dict(bbox=None), "NoneType"),
-    "cut": (dict(segmentation=RLE | {"counts": RLE["counts"][:-1]}), "runs of its mask"),
-    "one run too few": (dict(segmentation=dict(size=[H, W], counts=[10, 5])), "runs of its mask"),
-    "one run too many": (dict(segmentation=dict(size=[H, W], counts=[H * W, 5])), "runs of its mask"),
-    "no runs": (dict(segmentation=RLE | {"counts": ""}), "runs of its mask"),
+    "cut": (dict(segmentation=RLE | {"counts": RLE["counts"][:-1]}), RUNS),
+    "one run too few": (dict(segmentation=dict(size=[H, W], counts=[10, 5])), RUNS),
+    "one run too many": (dict(segmentation=dict(size=[H, W], counts=[H * W, 5])), RUNS),
+    "no runs": (dict(segmentation=RLE | {"counts": ""}), RUNS),
     "counts are none": (dict(segmentation=RLE | {"counts": None}), "NoneType"),
-    "not text": (dict(segmentation=RLE | {"counts": "ü~~" + RLE["counts"]}), "runs of its mask"),
-    "endless number": (dict(segmentation=RLE | {"counts": "o" * 50 + "0"}), "runs of its mask"),
+    "not text": (dict(segmentation=RLE | {"counts": "ü~~" + RLE["counts"]}), RUNS),
+    "endless number": (dict(segmentation=RLE | {"counts": "o" * 50 + "0"}), RUNS),
     "negative run": (dict(segmentation=dict(size=[H, W], counts=[H * W + 5, -5])), "out of bounds|convert"),
-    "other size": (dict(segmentation=RLE | {"size": [W, H]}), r"a mask of \[140, 110\]"),
+    "other size": (dict(segmentation=RLE | {"size": [W, H]}),
+                   r"a mask of \[140, 110\] in an image of \[110, 140\]"),
     "no size": (dict(segmentation=dict(counts=RLE["counts"])), "no 'size'"),
     "no mask": (dict(segmentation=None), "NoneType"),
 }
@@ -206,8 +228,9 @@ BAD = {  # what is wrong with a result: the changes, what the error says
 def test_bad_results_name_their_index(case):
     changes, message = BAD[case]
     iou_type = "segm" if "segmentation" in changes else "bbox"
+    results = [detection(), detection(score=.1), detection(**changes), detection()]
     with pytest.raises(ValueError, match=f"^result 2: .*({message})"):
-        evaluate(truth(one()), [detection(), detection(score=.1), detection(**changes), detection()], iou_type)
+        evaluate(truth(one()), results, iou_type)
 
 
 def test_bad_results_among_thousands():
@@ -219,19 +242,23 @@ def test_bad_results_among_thousands():
 @pytest.mark.parametrize("iou_type,key", [("bbox", "bbox"), ("segm", "segmentation")])
 def test_results_without_shapes(iou_type, key):
     lacking = {k: v for k, v in detection().items() if k != key}
-    with pytest.raises(ValueError, match=f"^result 1: no '{key}'"): evaluate(truth(one()), [detection(), lacking], iou_type)
+    with pytest.raises(ValueError, match=f"^result 1: no '{key}'"):
+        evaluate(truth(one()), [detection(), lacking], iou_type)
 
 
 def test_bad_arguments_and_ground_truth(tmp_path):
     gt = truth(one(id=42))
     (tmp_path / "gt.json").write_text(json.dumps(gt))
-    with pytest.raises(ValueError, match="iou_type"): evaluate(gt, [], "keypoints")
+    with pytest.raises(ValueError, match="iou_type is 'bbox' or 'segm', not 'keypoints'"):
+        evaluate(gt, [], "keypoints")
     with pytest.raises(ValueError, match="results are a list"): evaluate(gt, tmp_path / "gt.json")
-    with pytest.raises(ValueError, match="categories"): evaluate(dict(images=[], annotations=[]), [])
+    with pytest.raises(ValueError, match="the truth lacks \\['categories'\\]"):
+        evaluate(dict(images=[], annotations=[]), [])
     for key in ("area", "bbox"):
         lacking = gt | {"annotations": [{k: v for k, v in gt["annotations"][0].items() if k != key}]}
         with pytest.raises(ValueError, match=f"annotation 42: no '{key}'"): evaluate(lacking, [])
-    with pytest.raises(ValueError, match="image 1: no 'height'"): evaluate(gt | {"images": [dict(id=1)]}, [], "segm")
+    with pytest.raises(ValueError, match="image 1: no 'height'"):
+        evaluate(gt | {"images": [dict(id=1)]}, [], "segm")
     cut = truth(one(id=42, segmentation=RLE | {"counts": RLE["counts"][:-1]}))
     with pytest.raises(ValueError, match="annotation 42: the runs"): evaluate(cut, [], "segm")
 
@@ -239,16 +266,22 @@ def test_bad_arguments_and_ground_truth(tmp_path):
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_broken_masks_never_hang(data):
-    "Any change to a mask's text is either refused by name or is a whole mask of which pycocotools says the same."
+    """Any change to a mask's text is refused by name, or gives a whole mask.
+
+    Of such a mask pycocotools says the same.
+    """
+    characters = [*map(chr, range(40, 127)), ""]
     text = list(RLE["counts"])
     for _ in range(data.draw(st.integers(1, 3))):
-        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.sampled_from([chr(c) for c in range(40, 127)] + [""]))
+        character = data.draw(st.sampled_from(characters))
+        text[data.draw(st.integers(0, len(text) - 1))] = character
     rle = dict(size=[H, W], counts="".join(text))
-    try: ours = evaluate(truth(one()), [detection(segmentation=rle)], "segm")
+    results = [detection(segmentation=rle)]
+    try: ours = evaluate(truth(one()), results, "segm")
     except ValueError as e: assert str(e).startswith("result 0: the runs")
     else:
         assert coco_mask.area(rle) == coco_mask.decode(rle).sum()
-        assert ours["AP"] == pytest.approx(peer(truth(one()), [detection(segmentation=rle)], "segm")[0][0], abs=1e-12)
+        assert ours["AP"] == pytest.approx(peer(truth(one()), results, "segm")[0][0], abs=1e-12)
 
 
 def test_box_overlap_is_pycocotools_to_the_last_bit():
@@ -261,13 +294,16 @@ def test_box_overlap_is_pycocotools_to_the_last_bit():
 
 def test_rpn_accuracy():
     objectness, labels = torch.randn(1000), torch.randint(-1, 2, (1000,))
-    assert rpn_accuracy(objectness, labels.float()) == rpn_accuracy(objectness.view(10, 100), labels.view(10, 100))
+    accuracy = rpn_accuracy(objectness, labels.float())
+    assert accuracy == rpn_accuracy(objectness.view(10, 100), labels.view(10, 100))
     assert rpn_accuracy(labels.float(), labels) == 1 and rpn_accuracy(-labels.float() - .5, labels) == .5
     assert math.isnan(rpn_accuracy(objectness, torch.ones(1000)))
 
 
 def test_proposal_recall():
-    boxes = [torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]]), torch.zeros(0, 4), torch.tensor([[0., 0, 4, 4]])]
+    boxes = [torch.tensor([[0., 0, 10, 10], [20, 20, 30, 30]]),
+             torch.zeros(0, 4),
+             torch.tensor([[0., 0, 4, 4]])]
     proposals = [torch.tensor([[0., 0, 10, 5.1], [20, 20, 30, 30]]), torch.rand(3, 4), torch.zeros(0, 4)]
     assert proposal_recall(proposals, boxes, at=(1, 2, 50)) == {1: 1/3, 2: 2/3, 50: 2/3}
     assert proposal_recall(proposals, boxes, .6, at=(2,)) == {2: 1/3}
@@ -281,7 +317,8 @@ def test_results_from_predictions():
     boxes = torch.cat([corners, corners + torch.rand(n, 2).mul(30).round() + 1], 1)
     masks = torch.rand(n, 1, H, W)
     prediction = dict(boxes=boxes, labels=torch.ones(n, dtype=torch.int64), scores=torch.rand(n), masks=masks)
-    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0), masks=torch.zeros(0, 1, H, W))
+    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64),
+                 scores=torch.zeros(0), masks=torch.zeros(0, 1, H, W))
     results = json.loads(json.dumps(results_from_predictions([empty, prediction], [1, 2], .7)))
     assert [r["image_id"] for r in results] == [2] * n
     for r, box, mask in zip(results, boxes, masks):
@@ -296,17 +333,19 @@ def test_results_from_predictions():
 def test_solutions_in_the_notebook_pass_their_checks():
     cells = json.loads((ROOT / "nbs/09_evaluation.ipynb").read_text())["cells"]
     sources = [("".join(c["source"]), c["cell_type"]) for c in cells]
-    names = dict(vars(evaluation), test_close=lambda a, b, eps=1e-5: np.testing.assert_allclose(a, b, rtol=0, atol=eps),
-                 test_fail=lambda f: pytest.raises(AssertionError, f))
+    def test_close(a, b, eps=1e-5): np.testing.assert_allclose(a, b, rtol=0, atol=eps)
+    def test_fail(f): return pytest.raises(AssertionError, f)
+    names = dict(vars(evaluation), test_close=test_close, test_fail=test_fail)
     for text, kind in sources:
         if kind == "code" and re.match(r"def (check_|match_slowly|ap_of)", text): exec(text, names)
-    solutions = [s for text, kind in sources if kind == "markdown" for s in re.findall(r"```py\n(.*?)```", text, re.S)]
+    prose = [text for text, kind in sources if kind == "markdown"]
+    solutions = [s for text in prose for s in re.findall(r"```py\n(.*?)```", text, re.S)]
     assert len(solutions) == 2
     for s in solutions: exec(s, names)
 
 
 def as_predictions(gt, seed):
-    "Every object up to three times, shifted, some as another class: in torchvision's form, and the images' ids."
+    "Every object up to three times, shifted, some as another class, as torchvision says it; the images' ids."
     rng, predictions = np.random.default_rng(seed), []
     for image in gt["images"]:
         boxes, labels, scores, masks = [], [], [], []
@@ -320,8 +359,11 @@ def as_predictions(gt, seed):
                 scores.append(rng.random())
         n = len(boxes)
         masks = np.stack(masks)[:, None] if n else np.zeros((0, 1, image["height"], image["width"]))
-        predictions.append(dict(boxes=torch.tensor(boxes).reshape(n, 4).float(), labels=torch.tensor(labels, dtype=torch.long),
-                                scores=torch.tensor(scores, dtype=torch.float32), masks=torch.tensor(masks, dtype=torch.float32)))
+        predictions.append(dict(
+            boxes=torch.tensor(boxes).reshape(n, 4).float(),
+            labels=torch.tensor(labels, dtype=torch.long),
+            scores=torch.tensor(scores, dtype=torch.float32),
+            masks=torch.tensor(masks, dtype=torch.float32)))
     return predictions, [image["id"] for image in gt["images"]]
 
 
@@ -341,5 +383,7 @@ def test_scenes_and_files_that_others_read(tmp_path, iou_type):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = coco(str(paths[0]))
             e = evaluation_class(truth, truth.loadRes(str(paths[1])), iou_type)
-            e.evaluate(), e.accumulate(), e.summarize()
+            e.evaluate()
+            e.accumulate()
+            e.summarize()
         np.testing.assert_allclose([ours[k] for k in NAMES], e.stats[:12], rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"Folders of masks, the CIS 680 files and boxes without masks: what comes in, what is refused, and that no pickle runs."
+"Folders of masks, the CIS 680 files and boxes alone: what comes in, what is refused, and no pickle runs."
 import io
 import json
 import os
@@ -13,7 +13,7 @@ from PIL import Image
 from maskrcnn_course.cli import main
 from maskrcnn_course.data import InstanceDataset, encode_mask, pad_targets, write_dataset
 from maskrcnn_course.importers import import_cis680, import_coco, import_mask_folder
-from maskrcnn_course.mask_rcnn import build_model
+from maskrcnn_course.presets import build_model
 from maskrcnn_course.scenes import write_scenes
 from maskrcnn_course.training import train
 
@@ -22,7 +22,7 @@ def nothing_new(folder, before):
     return sorted(p.name for p in folder.iterdir()) == sorted(before)
 
 
-# ---------------------------------------------------------------------------------------------------------------- CIS 680
+# ---------------------------------------------------------------------------------------------------- CIS 680
 
 def save_arrays(path, arrays, protocol=None):
     rows = np.empty(len(arrays), object)
@@ -43,7 +43,10 @@ class Assignment:
     def __init__(self, root):
         self.root, rng = root, np.random.default_rng(0)
         counts = [i % 4 for i in range(6)]
-        self.images = np.stack([np.asarray(Image.fromarray(rng.integers(0, 255, (3, 4, 3), dtype=np.uint8)).resize((40, 30))).transpose(2, 0, 1) for _ in counts])
+        def picture():
+            small = Image.fromarray(rng.integers(0, 255, (3, 4, 3), dtype=np.uint8))
+            return np.asarray(small.resize((40, 30))).transpose(2, 0, 1)
+        self.images = np.stack([picture() for _ in counts])
         self.masks = np.zeros((sum(counts), 30, 40), np.uint8)
         for k, mask in enumerate(self.masks): mask[3 + k:13 + k, 5 + 2 * k:20 + 2 * k] = 1
         every = [[5 + 2 * k, 3 + k, 20 + 2 * k, 13 + k] for k in range(len(self.masks))]
@@ -51,12 +54,15 @@ class Assignment:
         self.boxes = [np.array(every[a:b], np.float32).reshape(-1, 4) for a, b in zip(starts, starts[1:])]
         self.labels = [np.arange(n) % 3 + 1 for n in counts]
 
-    def file(self, kind): return self.root / f"my_{kind}_comp_zlib.{'h5' if kind in ('img', 'mask') else 'npy'}"
+    def file(self, kind):
+        return self.root / f"my_{kind}_comp_zlib.{'h5' if kind in ('img', 'mask') else 'npy'}"
 
     def save(self, protocol=None):
         for kind, table in (("img", self.images), ("mask", self.masks)):
-            with h5py.File(self.file(kind), "w") as f: f.create_dataset("data", data=table, compression="gzip")
-        for kind, arrays in (("labels", self.labels), ("bboxes", self.boxes)): save_arrays(self.file(kind), arrays, protocol)
+            with h5py.File(self.file(kind), "w") as f:
+                f.create_dataset("data", data=table, compression="gzip")
+        for kind, arrays in (("labels", self.labels), ("bboxes", self.boxes)):
+            save_arrays(self.file(kind), arrays, protocol)
         return self
 
     def run(self, **kwargs): return InstanceDataset(import_cis680(self.root / "out.h5", self.root, **kwargs))
@@ -77,17 +83,21 @@ def test_cis680_comes_in(assignment, protocol, capsys):
     assert data.classes == ["vehicle", "person", "animal"] and len(data) == 6 and data.has_masks
     masks = []
     for i, (image, target) in enumerate(data):
-        assert target["labels"].tolist() == assignment.labels[i].tolist() and target["boxes"].tolist() == assignment.boxes[i].tolist()
+        assert target["labels"].tolist() == assignment.labels[i].tolist()
+        assert target["boxes"].tolist() == assignment.boxes[i].tolist()
         assert (image - torch.from_numpy(assignment.images[i]) / 255).abs().mean() < 0.03
-        assert target["area"].tolist() == [150] * len(target["labels"]) and data.info(i)["file_name"] == f"my_img_comp_zlib[{i}]"
+        assert target["area"].tolist() == [150] * len(target["labels"])
+        assert data.info(i)["file_name"] == f"my_img_comp_zlib[{i}]"
         masks += [*target["masks"].numpy()]
-    assert np.array_equal(masks, assignment.masks) and capsys.readouterr().out == "2 images kept that have no object\n"
+    assert np.array_equal(masks, assignment.masks)
+    assert capsys.readouterr().out == "2 images kept that have no object\n"
 
 
 def test_cis680_other_kinds_of_numbers(assignment):
     "Other types, byte orders, bool masks and 255 for 1."
-    assignment.labels = [a.astype(t) for a, t in zip(assignment.labels, ("u1", ">i4", "<i8", ">u2", "f4", "i2"))]
-    assignment.boxes = [a.astype(t) for a, t in zip(assignment.boxes, ("f8", ">f4", "i4", "<f8", "i2", ">i8"))]
+    of_labels, of_boxes = ("u1", ">i4", "<i8", ">u2", "f4", "i2"), ("f8", ">f4", "i4", "<f8", "i2", ">i8")
+    assignment.labels = [a.astype(t) for a, t in zip(assignment.labels, of_labels)]
+    assignment.boxes = [a.astype(t) for a, t in zip(assignment.boxes, of_boxes)]
     assignment.masks = assignment.masks * np.uint8(255)
     data = assignment.save().run()
     assert [t["labels"].tolist() for _, t in data] == [a.tolist() for a in assignment.labels]
@@ -126,23 +136,38 @@ def test_cis680_drops_and_says(assignment, capsys):
     data = assignment.save().run()
     assert [len(t["labels"]) for _, t in data] == [0, 0, 1, 3, 0, 1]
     said = capsys.readouterr().out
-    assert "1 objects dropped: an empty mask\n" in said and "1 objects dropped: a box without area\n" in said and "3 images kept" in said
+    assert "1 objects dropped: an empty mask\n" in said
+    assert "1 objects dropped: a box without area\n" in said
+    assert "3 images kept" in said
 
 
 def change(name, value): return lambda a: setattr(a, name, value(getattr(a, name)))
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (change("labels", lambda v: v[:-1]), "my_img_comp_zlib.h5 has 6 images, my_labels_comp_zlib.npy has labels for 5 and my_bboxes_comp_zlib.npy boxes for 6"),
-    (change("images", lambda v: v[:-1]), "my_img_comp_zlib.h5 has 5 images, my_labels_comp_zlib.npy has labels for 6"),
-    (change("masks", lambda v: v[:-1]), "my_mask_comp_zlib.h5 has 6 masks, but my_labels_comp_zlib.npy has labels of 7 objects"),
-    (change("masks", lambda v: v[:, :, :-1]), "my_mask_comp_zlib.h5: masks of \\(30, 39\\), but the images of my_img_comp_zlib.h5 are \\(30, 40\\)"),
-    (change("images", lambda v: v.astype(np.float32)), "my_img_comp_zlib.h5: float32 of"),
-    (change("images", lambda v: v.transpose(0, 2, 3, 1)), "my_img_comp_zlib.h5: uint8 of \\(6, 30, 40, 3\\), and not uint8 of \\(images, 3"),
-    (change("boxes", lambda v: [*v[:3], v[3][:2], *v[4:]]), "image 3: labels of \\(3,\\) in my_labels_comp_zlib.npy, but boxes of \\(2, 4\\) in my_bboxes_comp_zlib.npy"),
-    (change("boxes", lambda v: [*v[:3], v[3].reshape(-1), *v[4:]]), "image 3: labels of \\(3,\\) .* boxes of \\(12,\\)"),
-    (change("labels", lambda v: [*v[:3], v[3] + 1, *v[4:]]), "image 3 \\(my_img_comp_zlib\\[3\\]\\): label 4 is none of 1…3"),
-    (change("labels", lambda v: [*v[:3], v[3] - 1, *v[4:]]), "image 3 .*: label 0 is none of 1…3")])
+    (change("labels", lambda v: v[:-1]),
+     "my_img_comp_zlib.h5 has 6 images, my_labels_comp_zlib.npy has labels for 5 "
+     "and my_bboxes_comp_zlib.npy boxes for 6"),
+    (change("images", lambda v: v[:-1]),
+     "my_img_comp_zlib.h5 has 5 images, my_labels_comp_zlib.npy has labels for 6"),
+    (change("masks", lambda v: v[:-1]),
+     "my_mask_comp_zlib.h5 has 6 masks, but my_labels_comp_zlib.npy has labels of 7 objects"),
+    (change("masks", lambda v: v[:, :, :-1]),
+     "my_mask_comp_zlib.h5: masks of \\(30, 39\\), but the images of my_img_comp_zlib.h5 are \\(30, 40\\)"),
+    (change("images", lambda v: v.astype(np.float32)),
+     "my_img_comp_zlib.h5: float32 of \\(6, 3, 30, 40\\), and not uint8 of \\(images, 3"),
+    (change("images", lambda v: v.transpose(0, 2, 3, 1)),
+     "my_img_comp_zlib.h5: uint8 of \\(6, 30, 40, 3\\), and not uint8 of \\(images, 3"),
+    (change("boxes", lambda v: [*v[:3], v[3][:2], *v[4:]]),
+     "image 3: labels of \\(3,\\) in my_labels_comp_zlib.npy, "
+     "but boxes of \\(2, 4\\) in my_bboxes_comp_zlib.npy"),
+    (change("boxes", lambda v: [*v[:3], v[3].reshape(-1), *v[4:]]),
+     "image 3: labels of \\(3,\\) in my_labels_comp_zlib.npy, "
+     "but boxes of \\(12,\\) in my_bboxes_comp_zlib.npy"),
+    (change("labels", lambda v: [*v[:3], v[3] + 1, *v[4:]]),
+     "image 3 \\(my_img_comp_zlib\\[3\\]\\): label 4 is none of 1…3"),
+    (change("labels", lambda v: [*v[:3], v[3] - 1, *v[4:]]),
+     "image 3 \\(my_img_comp_zlib\\[3\\]\\): label 0 is none of 1…3")])
 def test_cis680_contradictions_are_named(assignment, spoil, message):
     spoil(assignment)
     assignment.save().fails(message)
@@ -181,18 +206,23 @@ class Call:
 
 
 def hostile(canary):
-    "Pickles that make a folder `canary` when they are loaded, each in another way; True if NumPy itself falls for it."
+    """Pickles that make a folder `canary` when they are loaded, each in another way.
+
+    With each its name, and whether NumPy itself falls for it.
+    """
     path, text = str(canary), repr(str(canary)).encode()
     array = lambda item: pickle.dumps(np.array([item, None], object))
     yield "a call in an array", array(Call(os.mkdir, path)), True
-    yield "the same in the oldest protocol", pickle.dumps(np.array([Call(os.mkdir, path), None], object), 0), True
+    oldest = pickle.dumps(np.array([Call(os.mkdir, path), None], object), 0)
+    yield "the same in the oldest protocol", oldest, True
     yield "eval", array(Call(eval, f"__import__('os').mkdir({path!r})")), True
     yield "exec beside good arrays", array([np.ones(3), Call(exec, f"import os; os.mkdir({path!r})")]), True
     yield "no array at all", pickle.dumps(Call(os.mkdir, path)), True
     yield "the opcode INST", b"(S" + text + b"\nios\nmkdir\n.", True
     yield "the opcode OBJ", b"(cos\nmkdir\nS" + text + b"\no.", True
     yield "a module's attribute", b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93S" + text + b"\n\x85R.", True
-    yield "an attribute of what is known", b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93S" + text + b"\n\x85R.", False
+    attribute = b"\x80\x04\x8c\x05numpy\x8c\x11ndarray.__class__\x93S" + text + b"\n\x85R."
+    yield "an attribute of what is known", attribute, False
     yield "other functions of NumPy", array(Call(np.load, path)), False
     yield "getattr on what is known", array(Call(getattr, np.ndarray, "tofile")), False
     yield "a codec", array(Call(__import__("_codecs").decode, b"x", "rot13")), False
@@ -208,7 +238,8 @@ def test_no_pickle_runs_anything(assignment, tmp_path_factory):
         for kind in ("labels", "bboxes"):
             assignment.file(kind).write_bytes(b"")
             save_pickle(assignment.file(kind), data)
-            assignment.fails(f"my_{kind}_comp_zlib.npy is not a file of one array per image") if kind == "labels" else None
+            if kind == "labels":
+                assignment.fails("my_labels_comp_zlib.npy is not a file of one array per image")
             assert not canary.exists(), what
             assignment.file("labels").write_bytes(whole)
         if falls:                                           # that it is a real one
@@ -226,15 +257,18 @@ def test_bytes_that_claim_to_be_something_else_are_refused(assignment, kind):
     class Kind:
         def __reduce__(self): return np.dtype, (kind, False, True), (3, "<", None, None, None, -1, -1, 0)
     class Array:
-        def __reduce__(self): return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1,), Kind(), False, b"A" * 8)
+        def __reduce__(self):
+            state = 1, (1,), Kind(), False, b"A" * 8
+            return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
     assignment.save()
     rows = np.empty(6, object)
     for i in range(6): rows[i] = Array()
     save_pickle(assignment.file("labels"), pickle.dumps(rows, 3), 6)
-    assignment.fails(f"my_labels_comp_zlib.npy is not a file of one array per image: it has an array of {kind}, and not of numbers")
+    assignment.fails("my_labels_comp_zlib.npy is not a file of one array per image: "
+                     f"it has an array of {kind}, and not of numbers")
 
 
-# ---------------------------------------------------------------------------------------------------------------- folders of masks
+# ------------------------------------------------------------------------------------------- folders of masks
 
 class Photos:
     "a.jpg of 40 × 30 with two objects, b.png of 20 × 20 with none."
@@ -255,7 +289,8 @@ class Photos:
         (image.convert(mode) if mode else image).save(self.root / "masks" / name)
 
     def run(self, **kwargs):
-        return InstanceDataset(import_mask_folder(self.root / "out/o.h5", self.root / "photos", self.root / "masks", overwrite=True, **kwargs))
+        return InstanceDataset(import_mask_folder(
+            self.root / "out/o.h5", self.root / "photos", self.root / "masks", overwrite=True, **kwargs))
 
     def fails(self, message, error=ValueError, **kwargs):
         with pytest.raises(error, match=message): self.run(**kwargs)
@@ -268,21 +303,27 @@ def folders(tmp_path): return Photos(tmp_path)
 
 def test_mask_folder_comes_in(folders, capsys):
     data = folders.run(classes=["pedestrian"])
-    assert data.classes == ["pedestrian"] and [data.info(i)["file_name"] for i in (0, 1)] == ["a.jpg", "b.png"]
+    assert data.classes == ["pedestrian"]
+    assert [data.info(i)["file_name"] for i in (0, 1)] == ["a.jpg", "b.png"]
     _, target = data[0]
-    assert target["boxes"].tolist() == [[3, 2, 11, 9], [20, 15, 40, 30]] and target["area"].tolist() == [56, 300]
+    assert target["boxes"].tolist() == [[3, 2, 11, 9], [20, 15, 40, 30]]
+    assert target["area"].tolist() == [56, 300]
     assert all(np.array_equal(m.numpy(), folders.numbers == k) for k, m in enumerate(target["masks"], 1))
     assert len(data[1][1]["labels"]) == 0 and capsys.readouterr().out == "1 images kept that have no object\n"
     with h5py.File(data.path) as f:
-        for row, name in zip(f["images"], ("a.jpg", "b.png")): assert f["image_bytes"][slice(*row["data"])].tobytes() == (folders.root / "photos" / name).read_bytes()
+        for row, name in zip(f["images"], ("a.jpg", "b.png")):
+            stored = f["image_bytes"][slice(*row["data"])].tobytes()
+            assert stored == (folders.root / "photos" / name).read_bytes()
     assert folders.run().classes == ["object"]
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "I;16"])
 def test_mask_folder_takes_every_picture_of_numbers(folders, mode):
-    numbers = folders.numbers.astype(np.uint16 if mode == "I;16" else np.uint8) * (1000 if mode == "I;16" else 7)
+    kind, scale = (np.uint16, 1000) if mode == "I;16" else (np.uint8, 7)
+    numbers = folders.numbers.astype(kind) * scale
     image = Image.fromarray(numbers)
-    if mode == "P": image.putpalette([c for i in range(256) for c in (i * 37 % 256, i * 91 % 256, i * 11 % 256)])
+    if mode == "P":
+        image.putpalette([c for i in range(256) for c in (i * 37 % 256, i * 91 % 256, i * 11 % 256)])
     assert image.mode.startswith(mode)
     image.save(folders.root / "masks/a_mask.png")
     assert folders.run()[0][1]["area"].tolist() == [56, 300]
@@ -303,14 +344,23 @@ def test_mask_folder_of_several_classes(folders):
     assert target["labels"].tolist() == [1, 2] and target["area"].tolist() == [56, 300]
 
 
+def cut(path, length): path.write_bytes(path.read_bytes()[:length])
+
+
+def copy(old, new): new.write_bytes(old.read_bytes())
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: f.save("a_mask.png", f.numbers, "RGB"), "a_mask.png: a mask in colours \\(RGB\\)"),
     (lambda f: f.save("a_mask.png", f.numbers, "RGBA"), "a_mask.png: a mask in colours \\(RGBA\\)"),
-    (lambda f: f.save("a_mask.png", f.numbers.T.copy()), "a_mask.png: the mask has \\(30, 40\\) pixels, its photo \\(40, 30\\)"),
-    (lambda f: (f.root / "masks/a_mask.png").write_bytes((f.root / "masks/a_mask.png").read_bytes()[:60]), "a_mask.png: the mask is damaged"),
-    (lambda f: (f.root / "photos/a.jpg").write_bytes((f.root / "photos/a.jpg").read_bytes()[:300]), "a.jpg: the image is damaged"),
-    (lambda f: f.save("c_mask.png", f.numbers), "c_mask.png: no photo in .*photos has this name, with or without _mask"),
-    (lambda f: (f.root / "photos/a.png").write_bytes((f.root / "photos/b.png").read_bytes()), "a.png and a.jpg would have the same mask")])
+    (lambda f: f.save("a_mask.png", f.numbers.T.copy()),
+     "a_mask.png: the mask has \\(30, 40\\) pixels, its photo \\(40, 30\\)"),
+    (lambda f: cut(f.root / "masks/a_mask.png", 60), "a_mask.png: the mask is damaged"),
+    (lambda f: cut(f.root / "photos/a.jpg", 300), "a.jpg: the image is damaged"),
+    (lambda f: f.save("c_mask.png", f.numbers),
+     "c_mask.png: no photo in .*photos has this name, with or without _mask"),
+    (lambda f: copy(f.root / "photos/b.png", f.root / "photos/a.png"),
+     "a.png and a.jpg would have the same mask")])
 def test_mask_folder_faults_are_named(folders, spoil, message):
     spoil(folders)
     folders.fails(message)
@@ -318,7 +368,9 @@ def test_mask_folder_faults_are_named(folders, spoil, message):
 
 def test_mask_folder_missing_things(folders):
     (folders.root / "masks/b.png").unlink()
-    folders.fails("b.png: no b_mask.png or b.png in .*masks; if there is no object on it, its mask is all 0", FileNotFoundError)
+    folders.fails(
+        "b.png: no b_mask.png or b.png in .*masks; if there is no object on it, its mask is all 0",
+        FileNotFoundError)
     folders.fails("cat: there is no such folder", FileNotFoundError, classes=["cat", "dog"])
     for p in (folders.root / "photos").iterdir(): p.unlink()
     folders.save("a_mask.png", folders.numbers)
@@ -327,7 +379,7 @@ def test_mask_folder_missing_things(folders):
     folders.fails("photos: no photos in this folder", FileNotFoundError)
 
 
-# ---------------------------------------------------------------------------------------------------------------- boxes without masks
+# ---------------------------------------------------------------------------------------- boxes without masks
 
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory):
@@ -347,7 +399,9 @@ def boxes(tmp_path_factory):
 def test_boxes_come_in_without_masks(boxes):
     data, source = InstanceDataset(boxes / "boxes.h5"), InstanceDataset(boxes / "s.h5")
     for (_, target), (_, before) in zip(data, source):
-        assert "masks" not in target and torch.equal(target["boxes"], before["boxes"]) and torch.equal(target["area"], before["area"])
+        assert "masks" not in target
+        assert torch.equal(target["boxes"], before["boxes"])
+        assert torch.equal(target["area"], before["area"])
     assert not data.has_masks and pad_targets([data[0][1]])["masks"] is None
     assert data.coco()["annotations"][0]["bbox"] == source.coco()["annotations"][0]["bbox"]
     with h5py.File(boxes / "boxes.h5") as f: assert not f.attrs["masks"] and len(f["rle_bytes"]) == 0
@@ -357,7 +411,8 @@ def test_boxes_come_in_without_masks(boxes):
 def test_files_from_before_boxes_alone_have_masks(boxes, tmp_path):
     (tmp_path / "old.h5").write_bytes((boxes / "s.h5").read_bytes())
     with h5py.File(tmp_path / "old.h5", "r+") as f: del f.attrs["masks"]
-    assert InstanceDataset(tmp_path / "old.h5").has_masks and "masks" in InstanceDataset(tmp_path / "old.h5")[0][1]
+    assert InstanceDataset(tmp_path / "old.h5").has_masks
+    assert "masks" in InstanceDataset(tmp_path / "old.h5")[0][1]
 
 
 @pytest.mark.parametrize("absent", [{}, {"segmentation": None}, {"segmentation": []}])
@@ -369,41 +424,56 @@ def test_all_annotations_without_masks_in_any_spelling(boxes, tmp_path, absent, 
     (tmp_path / "a.json").write_text(json.dumps(coco))
     data = InstanceDataset(import_coco(tmp_path / "a.h5", tmp_path / "a.json", boxes, size=(32, 16)))
     said = capsys.readouterr().out
-    assert not data.has_masks and "boxes alone" in said and "a box outside of the image" in said and "a box without area" in said
+    assert not data.has_masks
+    assert "boxes alone" in said
+    assert "a box outside of the image" in said
+    assert "a box without area" in said
     x, y, w, h = coco["annotations"][-1]["bbox"]
-    assert torch.allclose(data[-1 + len(data)][1]["boxes"][-1], torch.tensor([x / 2, y / 4, (x + w) / 2, (y + h) / 4]))
+    resized = torch.tensor([x / 2, y / 4, (x + w) / 2, (y + h) / 4])
+    assert torch.allclose(data[len(data) - 1][1]["boxes"][-1], resized)
 
 
 def test_masks_for_some_are_refused(boxes, tmp_path):
     coco = json.loads((boxes / "boxes.json").read_text())
     coco["annotations"][3]["segmentation"] = [[1, 1, 9, 1, 9, 9]]
     (tmp_path / "a.json").write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match="a.json, annotation 1 of image .*: it has no segmentation, but 1 others have one"):
+    message = "a.json, annotation 1 of image .*: it has no segmentation, but 1 others have one"
+    with pytest.raises(ValueError, match=message):
         import_coco(tmp_path / "a.h5", tmp_path / "a.json", boxes)
     mask = np.ones((8, 8), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, "PNG")
     rows = [dict(label=1, box=(0, 0, 8, 8), area=64, iscrowd=0, rle=rle) for rle in (encode_mask(mask), b"")]
-    examples = [dict(image=buffer.getvalue(), width=8, height=8, id=i, file_name=f"{i}.png", split="train", instances=[row]) for i, row in enumerate(rows)]
-    with pytest.raises(ValueError, match="image 1 \\(1.png\\): some objects have a mask and others have none"):
+    examples = [dict(image=buffer.getvalue(), width=8, height=8, id=i, file_name=f"{i}.png",
+                     split="train", instances=[row]) for i, row in enumerate(rows)]
+    message = "image 1 \\(1.png\\): some objects have a mask and others have none"
+    with pytest.raises(ValueError, match=message):
         write_dataset(tmp_path / "a.h5", ["a"], examples, "x")
     assert nothing_new(tmp_path, ["a.json"])
 
 
 def test_the_model_says_what_it_needs_masks_for():
     model = build_model("tiny")
-    image, target = torch.rand(3, 64, 64), dict(boxes=torch.tensor([[5., 5, 30, 40]]), labels=torch.tensor([2]))
+    image = torch.rand(3, 64, 64)
+    target = dict(boxes=torch.tensor([[5., 5, 30, 40]]), labels=torch.tensor([2]))
     batch = model.prepare([image], [target])
     features = model.backbone(batch.images)
-    rpn = model.run_rpn(features, batch)
-    samples = model.select_samples(model.propose(rpn, batch, train=True), batch)
-    losses = model.rpn_losses(features, rpn[2], batch) | model.box_losses(features, samples, batch)
-    assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values()) and set(batch.targets) == {"boxes", "labels", "valid"}
+    output = model.rpn(features, batch.image_size)
+    proposals = model.rpn.filter_proposals(output, batch.sizes, train=True)
+    samples = model.roi_heads.select_training_samples(proposals, batch.targets)
+    losses = model.rpn.losses(features, output, batch.targets["boxes"], batch.targets["valid"])
+    losses |= model.roi_heads.box_losses(features, samples, batch)
+    assert len(losses) == 4
+    assert all(loss.isfinite() for loss in losses.values())
+    assert set(batch.targets) == {"boxes", "labels", "valid"}
     with pytest.raises(ValueError, match="boxes but no masks"): model([image], [target])
     drawn = {**target, "masks": torch.ones(1, 64, 64, dtype=torch.uint8)}
-    with pytest.raises(ValueError, match="some of these targets have masks and others have none"): model([image] * 2, [target, drawn])
-    with pytest.raises(ValueError, match="target 0 has 1 boxes, 1 labels and 2 masks"): model([image], [{**drawn, "masks": torch.ones(2, 64, 64)}])
-    with pytest.raises(ValueError, match="target 0 has no \\['labels'\\]"): model([image], [{"boxes": target["boxes"]}])
+    with pytest.raises(ValueError, match="some of these targets have masks and others have none"):
+        model([image] * 2, [target, drawn])
+    with pytest.raises(ValueError, match="target 0 has 1 boxes, 1 labels and 2 masks"):
+        model([image], [{**drawn, "masks": torch.ones(2, 64, 64)}])
+    with pytest.raises(ValueError, match="target 0 has no \\['labels'\\]"):
+        model([image], [{"boxes": target["boxes"]}])
 
 
 @pytest.mark.parametrize("stages", [("rpn", "box", "mask"), ("mask",), ("joint",)])
@@ -414,42 +484,56 @@ def test_training_says_at_once_that_masks_are_missing(boxes, tmp_path, stages):
 
 
 def test_boxes_alone_from_training_to_report(boxes, tmp_path, capsys):
-    run = ["train", str(boxes / "boxes.h5"), "--out", str(tmp_path / "run"), "--preset", "tiny", "--epochs", "1"]
+    run = ["train", str(boxes / "boxes.h5"), "--out", str(tmp_path / "run"),
+           "--preset", "tiny", "--epochs", "1"]
     assert main(run) == 1 and "--stages rpn box" in capsys.readouterr().err and nothing_new(tmp_path, [])
     assert main([*run, "--stages", "rpn", "box"]) == 0
-    metrics, history = (json.loads((tmp_path / "run" / name).read_text()) for name in ("metrics.json", "history.json"))
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    history = json.loads((tmp_path / "run/history.json").read_text())
     assert "bbox" in metrics and "segm" not in metrics and [h["stage"] for h in history] == ["rpn", "box"]
-    assert set(history[0]["train"]) == {"loss_objectness", "loss_rpn_box_reg"} and set(history[1]["val"]) == {"loss_classifier", "loss_box_reg"}
+    assert set(history[0]["train"]) == {"loss_objectness", "loss_rpn_box_reg"}
+    assert set(history[1]["val"]) == {"loss_classifier", "loss_box_reg"}
     page = (tmp_path / "run/report.html").read_text()
     assert "box AP50" in page and "mask AP50" not in page and "</b> Masks" not in page
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--out", str(tmp_path / "r.json")]) == 0
     first = capsys.readouterr().out.splitlines()[-4:]
     assert main(["evaluate", "--results", str(tmp_path / "r.json"), str(boxes / "boxes.h5")]) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == first and not any("segmentation" in row for row in json.loads((tmp_path / "r.json").read_text()))
+    assert capsys.readouterr().out.splitlines()[-4:] == first
+    assert not any("segmentation" in row for row in json.loads((tmp_path / "r.json").read_text()))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 def test_import_commands(folders, tmp_path_factory, capsys):
     root = tmp_path_factory.mktemp("assignment")
     Assignment(root).save()
     out = folders.root / "out"
     assert main(["import", "cis680", str(out / "c.h5"), str(root)]) == 0
-    assert main(["import", "masks", str(out / "m.h5"), "--images", str(folders.root / "photos"), "--masks", str(folders.root / "masks"), "--classes", "dog"]) == 0
+    photos, masks = str(folders.root / "photos"), str(folders.root / "masks")
+    folders_of = ["--images", photos, "--masks", masks]
+    assert main(["import", "masks", str(out / "m.h5"), *folders_of, "--classes", "dog"]) == 0
     assert len(InstanceDataset(out / "c.h5")) == 6 and InstanceDataset(out / "m.h5").classes == ["dog"]
     capsys.readouterr()
     assert main(["import"]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("coco", "masks", "cis680"))
-    for words in (["cis680", out / "c.h5", root], ["cis680", out / "x.h5", out], ["masks", out / "x.h5", "--images", out, "--masks", out], ["masks", out / "x.h5"], ["film", out / "x.h5"]):
+    wrong = [
+        (["cis680", out / "c.h5", root], "c.h5 exists: choose another name, or add --overwrite"),
+        (["cis680", out / "x.h5", out], "there should be one file *_img_comp_zlib.h5, and there are 0"),
+        (["masks", out / "x.h5", "--images", out, "--masks", out], "out: no photos in this folder"),
+        (["masks", out / "x.h5"], "the following arguments are required: --images, --masks"),
+        (["film", out / "x.h5"], "invalid choice: 'film'"),
+    ]
+    for words, message in wrong:
         assert main(["import", *map(str, words)]) == 1
         said = capsys.readouterr().err
-        assert said.startswith("maskrcnn-course: ") and said.count("\n") == 1
+        assert said.startswith("maskrcnn-course: ") and message in said and said.count("\n") == 1
     assert nothing_new(out, ["c.h5", "m.h5"])
 
 
 @pytest.mark.parametrize("kind", ["coco", "masks", "cis680"])
 def test_import_help_has_an_example(kind, capsys):
     with pytest.raises(SystemExit) as e: main(["import", kind, "--help"])
-    assert e.value.code == 0 and f"Example: maskrcnn-course import {kind}" in " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0
+    assert f"Example: maskrcnn-course import {kind}" in " ".join(capsys.readouterr().out.split())

@@ -1,17 +1,40 @@
-"The Triton kernel of RoIAlign against the plain version: by the interpreter, on a GPU, and compiled for one."
+"The Triton kernels against the plain versions: by the interpreter, on a GPU, and compiled for one."
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+import torchvision
 
 from helpers import never_waits
+from maskrcnn_course.boxes import nms_mask
+from maskrcnn_course.kernels import nms_mask_by_kernel
 from maskrcnn_course.roi_align import multiscale_roi_align
 
 pytest.importorskip("triton")
 
-PROGRAM = """
+NMS = """
+import torch
+from maskrcnn_course.boxes import nms_mask
+from maskrcnn_course.kernels import _nms_of_rows
+for n in (1, 2, 7, 40):
+    for dtype in (torch.float32, torch.float64):
+        for iou_threshold in (0., .5, 1.):
+            corners = torch.randint(-9, 90, (5, n, 2))
+            boxes = torch.cat([corners, corners + torch.randint(0, 60, (5, n, 2))], -1).to(dtype)
+            scores = torch.rand(5, n, dtype=dtype).round(decimals=1)  # with ties: the first goes first
+            valid = torch.rand(5, n) > .3
+            valid[0], valid[1] = False, True
+            keep = _nms_of_rows(boxes, scores, valid, iou_threshold)
+            case = n, dtype, iou_threshold
+            assert torch.equal(keep, nms_mask(boxes, scores, valid, iou_threshold)), case
+            # padding never matters
+            boxes[~valid], scores[~valid] = torch.tensor([0., 0, 90, 90], dtype=dtype), 2.
+            assert torch.equal(keep, _nms_of_rows(boxes, scores, valid, iou_threshold)), case
+"""
+
+ROI_ALIGN = """
 import torch
 from test_kernels import problem, with_gradients
 from maskrcnn_course.kernels import roi_align_by_kernel
@@ -46,33 +69,87 @@ def with_gradients(align, maps, rois, bins=7):
 
 
 def interpreted(program):
-    "Run a program in a process of its own, where Triton interprets: it asks once, when it is imported."
+    "Run a program in a process of its own, where Triton interprets: it asks when a kernel is made."
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, "-c", program], check=True, env=env)
 
 
-def test_the_interpreter_gives_the_same(): interpreted(PROGRAM)
+@pytest.mark.parametrize("program", [NMS, ROI_ALIGN], ids=["nms", "roi_align"])
+def test_the_interpreter_gives_the_same(program): interpreted(program)
+
+
+def compiled(kernel, signature, constants):
+    "The kernel's PTX code for a GPU that need not be there."
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    try: program = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    except RuntimeError as e:
+        if "ptxas" not in str(e): raise
+        pytest.skip(f"no compiler for it here: {e}")
+    return program.asm["ptx"]
+
+
+@pytest.fixture
+def no_old_kernels(tmp_path, monkeypatch): monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("size, kind", [(32, "fp32"), (2048, "fp32"), (1024, "fp64")])
+def test_the_kernel_of_nms_compiles_for_a_gpu(size, kind, no_old_kernels):
+    from maskrcnn_course.kernels import _nms_kernel
+    signature = dict(boxes=f"*{kind}", counts="*i64", keep="*i32", n="i32", iou_threshold="fp32")
+    ptx = compiled(_nms_kernel(), signature, dict(SIZE=size))
+    assert len(ptx) > 1000
+    assert "div.full" not in ptx  # exact division, as torchvision's
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_kernel_compiles_for_a_gpu(kind, backward, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # no kernel of an earlier run
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
+def test_the_kernel_of_roi_align_compiles_for_a_gpu(kind, backward, no_old_kernels):
     from maskrcnn_course.kernels import _align_kernel
     if backward and kind == "bf16": pytest.skip("gradients are summed in 32 bits")
     maps = dict.fromkeys(("p0", "p1", "p2", "p3"), f"*{kind}")
-    constants = dict(C=256, BINS=7, RATIO=2, BACKWARD=backward)
-    signature = maps | dict(about="*i32", rois="*fp32", out="*fp32") | dict.fromkeys(constants, "constexpr")
-    try: program = compile(ASTSource(_align_kernel(), signature, constants), target=GPUTarget("cuda", 90, 32))
-    except RuntimeError as e:
-        if "ptxas" not in str(e): raise
-        pytest.skip(f"no compiler for it here: {e}")
-    assert ("atom" in program.asm["ptx"] or "red." in program.asm["ptx"]) == backward
+    signature = maps | dict(about="*i32", rois="*fp32", out="*fp32")
+    ptx = compiled(_align_kernel(), signature, dict(C=256, BINS=7, RATIO=2, BACKWARD=backward))
+    assert ("atom" in ptx or "red." in ptx) == backward
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (8,), (2, 0)])
+def test_on_the_cpu_the_definition_serves(shape):
+    boxes = torch.rand(*shape, 4).cumsum(-1)
+    scores, valid = torch.rand(shape), torch.rand(shape) > .3
+    assert torch.equal(nms_mask_by_kernel(boxes, scores, valid, .5), nms_mask(boxes, scores, valid, .5))
+
+
+@pytest.mark.gpu
+def test_nms_does_not_wait_for_the_gpu(gpu):
+    corners = torch.randint(0, 200, (4, 4, 300, 2))
+    boxes = torch.cat([corners, corners + torch.randint(1, 80, (4, 4, 300, 2))], -1).float()
+    scores, valid = torch.rand(4, 4, 300), torch.rand(4, 4, 300) > .2
+    there = [t.to(gpu) for t in (boxes, scores, valid)]
+    nms_mask_by_kernel(*there, .5)  # compiled
+    with never_waits(gpu): keep = nms_mask_by_kernel(*there, .5)
+    assert torch.equal(keep.cpu(), nms_mask(boxes, scores, valid, .5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 31, 1000, 2000, 4000])
+def test_nms_on_the_gpu_keeps_what_torchvision_keeps(gpu, n, dtype):
+    "Rows of all sizes that occur in the model, with corners on whole pixels, padding and an empty row."
+    if gpu == "cpu": n = min(n, 31)
+    corners = torch.randint(0, 900, (3, n, 2))
+    boxes = torch.cat([corners, corners + torch.randint(1, 300, (3, n, 2))], -1).to(dtype)
+    scores, valid = torch.rand(3, n, dtype=dtype), torch.rand(3, n) > .2
+    valid[2] = False
+    for threshold in (.3, .5, .7):
+        keep = nms_mask_by_kernel(*(t.to(gpu) for t in (boxes, scores, valid)), threshold).cpu()
+        for row in range(3):
+            index = valid[row].nonzero()[:, 0]
+            kept = index[torchvision.ops.nms(boxes[row, index], scores[row, index], threshold)]
+            assert torch.equal(keep[row].nonzero()[:, 0], kept.sort()[0]), (n, threshold, row)
 
 
 def kernel_on(device):
@@ -84,7 +161,7 @@ def kernel_on(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [16, 256])
-def test_the_gpu_gives_the_same(gpu, channels):
+def test_roi_align_on_the_gpu_gives_the_same(gpu, channels):
     align = kernel_on(gpu)
     case = problem(500, gpu, channels)
     for a, b in zip(with_gradients(align, *case), with_gradients(multiscale_roi_align, *case)):
@@ -93,7 +170,7 @@ def test_the_gpu_gives_the_same(gpu, channels):
 
 
 @pytest.mark.gpu
-def test_the_gpu_reads_16_bits(gpu):
+def test_roi_align_on_the_gpu_reads_16_bits(gpu):
     align = kernel_on(gpu)
     maps, rois = problem(500, gpu, 64, torch.bfloat16)
     found = with_gradients(align, maps, rois)

@@ -1,4 +1,4 @@
-"RoIAlign against torchvision's operators, over boxes that hypothesis thinks up; what a single page of examples cannot hold."
+"RoIAlign against torchvision's operators, over boxes that hypothesis generates."
 import pytest
 import torch
 import torchvision
@@ -15,7 +15,8 @@ many = settings(deadline=None, max_examples=80)
 def maps(size, batch=2, channels=3, strides=STRIDES, seed=0, dtype=torch.float64):
     "Random levels of a padded batch, with an odd row or column where a stride does not divide the size."
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, channels, -(-size[0] // s), -(-size[1] // s), generator=g).to(dtype).requires_grad_() for s in strides]
+    shapes = [(batch, channels, -(-size[0] // s), -(-size[1] // s)) for s in strides]
+    return [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in shapes]
 
 
 def peer(features, rois, bins, size, ratio=2, scale=224, level=4):
@@ -25,7 +26,9 @@ def peer(features, rois, bins, size, ratio=2, scale=224, level=4):
     return pool(dict(zip(names, features)), boxes, [size] * len(boxes))
 
 
-def rois_of(*boxes, image=0): return torch.cat([torch.full((len(boxes), 1), float(image)), tensor(boxes, dtype=torch.float32)], 1).double()
+def rois_of(*boxes, image=0):
+    index = torch.full((len(boxes), 1), float(image))
+    return torch.cat([index, tensor(boxes, dtype=torch.float32)], 1).double()
 
 
 @st.composite
@@ -39,7 +42,7 @@ def rois(draw, step, most=12, images=2):
     return tensor(sorted(rows, key=lambda r: r[0]), dtype=torch.float64).view(-1, 5)
 
 
-# ---------------------------------------------------------------------------------------------------------------- one level
+# ------------------------------------------------------------------------------------------------ one level
 
 def roofs(at, cells):
     inside = (at >= -1) & (at <= cells)
@@ -70,8 +73,9 @@ def test_roi_align_is_its_definition(boxes, ratio, aligned, bins):
 
 
 @settings(deadline=None, max_examples=30)
-@example(rois_of((19.5, .5, 41.5, .5)), 1, False, (torch.float16, 1e-2))      # places in half precision would be too coarse here
-@given(rois(step=0.5, most=5), st.sampled_from([1, 2, -1]), st.booleans(), st.sampled_from([(torch.float16, 1e-2), (torch.float32, 1e-4), (torch.float64, 1e-12)]))
+@example(rois_of((19.5, .5, 41.5, .5)), 1, False, (torch.float16, 1e-2))  # here half precision is too coarse
+@given(rois(step=0.5, most=5), st.sampled_from([1, 2, -1]), st.booleans(),
+       st.sampled_from([(torch.float16, 1e-2), (torch.float32, 1e-4), (torch.float64, 1e-12)]))
 def test_every_precision_and_any_memory_layout(boxes, ratio, aligned, precision):
     "Maps that lie in memory channel by channel, channels last, or as a cut-out of something larger."
     dtype, atol = precision
@@ -79,7 +83,8 @@ def test_every_precision_and_any_memory_layout(boxes, ratio, aligned, precision)
     expected = [by_definition(whole[int(b[0])], b[1:], 3, 0.25, ratio, aligned) for b in boxes]
     larger = torch.zeros(2, 6, 20, 30, dtype=dtype)
     larger[:, ::2, 2:18, 3:27] = whole.to(dtype)
-    for features in (whole.to(dtype), whole.to(dtype).to(memory_format=torch.channels_last), larger[:, ::2, 2:18, 3:27]):
+    channels_last = whole.to(dtype).to(memory_format=torch.channels_last)
+    for features in (whole.to(dtype), channels_last, larger[:, ::2, 2:18, 3:27]):
         out = roi_align(features, boxes.to(dtype), 3, 0.25, ratio, aligned)
         assert out.dtype == dtype and out.shape == (len(boxes), 3, 3, 3)
         if expected: torch.testing.assert_close(out.double(), torch.stack(expected), rtol=atol, atol=atol)
@@ -95,18 +100,21 @@ def test_lists_and_tensors_of_boxes(boxes):
 
 @many
 @given(rois(step=0.25), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4, 8]))
-@example(rois_of((-16, 8, 0, 16), (8, -16, 16, 0), (136, 8, 152, 16), (8, 96, 16, 112)), 1, 1)      # one sample, on each border
+@example(  # one sample, on each border
+    rois_of((-16, 8, 0, 16), (8, -16, 16, 0), (136, 8, 152, 16), (8, 96, 16, 112)), 1, 1)
 def test_one_level_is_torchvisions_roi_align(boxes, ratio, bins):
     "Steps of powers of 2: samples that fall on the very border of the map do so in both."
     features = maps((100, 140), strides=(8,))
     out = multiscale_roi_align(features, boxes, bins, (100, 140), ratio)
-    torch.testing.assert_close(out, torchvision.ops.roi_align(features[0], boxes, bins, 1 / 8, ratio), rtol=0, atol=1e-12)
+    expected = torchvision.ops.roi_align(features[0], boxes, bins, 1 / 8, ratio)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------- all levels
+# ----------------------------------------------------------------------------------------------- all levels
 
 @many
-@given(rois(step=0.37), st.sampled_from([1, 2, 3, -1]), st.sampled_from([3, 7]), st.sampled_from([32, 96, 224]), st.sampled_from([3, 4]),
+@given(rois(step=0.37), st.sampled_from([1, 2, 3, -1]), st.sampled_from([3, 7]),
+       st.sampled_from([32, 96, 224]), st.sampled_from([3, 4]),
        st.sampled_from([(192, 256), (100, 140), (256, 96)]))
 def test_all_levels_are_torchvisions(boxes, ratio, bins, scale, level, size):
     features = maps(size)
@@ -120,29 +128,36 @@ def test_all_levels_are_torchvisions(boxes, ratio, bins, scale, level, size):
 
 @pytest.mark.parametrize("strides", [(8,), (4, 8), (8, 16, 32), (4, 8, 16, 32, 64)])
 def test_any_run_of_levels(strides):
-    features, boxes = maps((192, 256), strides=strides), rois_of((3, 4, 30, 31), (9, 9, 100, 120), (0, 0, 256, 192), (0, 0, 900, 900))
-    torch.testing.assert_close(multiscale_roi_align(features, boxes, 7, (192, 256), canonical_scale=96.), peer(features, boxes, 7, (192, 256), scale=96))
+    features = maps((192, 256), strides=strides)
+    boxes = rois_of((3, 4, 30, 31), (9, 9, 100, 120), (0, 0, 256, 192), (0, 0, 900, 900))
+    ours = multiscale_roi_align(features, boxes, 7, (192, 256), canonical_scale=96.)
+    torch.testing.assert_close(ours, peer(features, boxes, 7, (192, 256), scale=96))
 
 
 @many
-@given(st.lists(st.tuples(st.floats(0, 2000), st.floats(0, 2000)), min_size=1, max_size=30), st.sampled_from([32, 96, 224]))
+@given(st.lists(st.tuples(st.floats(0, 2000), st.floats(0, 2000)), min_size=1, max_size=30),
+       st.sampled_from([32, 96, 224]))
 def test_levels_are_torchvisions(sides, scale):
-    sides = tensor(sides + [(scale * 2. ** k, scale * 2. ** k) for k in range(-4, 5)])          # exact powers are where rounding bites
-    boxes = torch.cat([torch.cat([sides * 0 + at, sides + at], 1) for at in (0, 33.7, 160.3, 288.1)])     # 224 px, but for the last bit
+    powers = [(scale * 2. ** k, scale * 2. ** k) for k in range(-4, 5)]  # on the border of two levels
+    sides = tensor(sides + powers)
+    places = (0, 33.7, 160.3, 288.1)  # at some of them, 224 px are off in the last bit
+    boxes = torch.cat([torch.cat([sides * 0 + at, sides + at], 1) for at in places])
     assert roi_levels(boxes, 2, 5, float(scale)).tolist() == LevelMapper(2, 5, scale)([boxes]).tolist()
 
 
 def test_gradcheck():
     features = maps((32, 48), batch=1, channels=2, strides=(8, 16))
     boxes = rois_of((3, 4, 20, 15), (-9, 2, 30, 40), (15, 3, 60, 31), (200, 200, 210, 220))
-    assert torch.autograd.gradcheck(lambda *m: multiscale_roi_align(list(m), boxes, 2, (32, 48), canonical_scale=40.), features)
+    def align(*maps): return multiscale_roi_align(list(maps), boxes, 2, (32, 48), canonical_scale=40.)
+    assert torch.autograd.gradcheck(align, features)
 
 
 def test_no_boxes():
     features = maps((64, 64))
     out = multiscale_roi_align(features, torch.zeros(0, 5, dtype=torch.float64), 7, (64, 64))
     assert out.shape == (0, 3, 7, 7)
-    assert all(g.shape == f.shape and not g.any() for g, f in zip(torch.autograd.grad(out.sum(), features), features))
+    gradients = torch.autograd.grad(out.sum(), features)
+    assert all(g.shape == f.shape and not g.any() for g, f in zip(gradients, features))
     assert roi_levels(torch.zeros(0, 4), 2, 5).shape == (0,)
     assert roi_align(features[0], [torch.zeros(0, 4).double()] * 2, 7, 0.25).shape == (0, 3, 7, 7)
 
@@ -166,31 +181,39 @@ def test_order_of_boxes_and_memory_do_not_matter(boxes, random):
 
 def test_shifting_box_and_map_together():
     feature, boxes = torch.zeros(1, 2, 32, 32, dtype=torch.float64), rois_of((40, 36, 88, 70))
-    feature[..., 6:20, 6:20] = torch.randn(2, 14, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    moved = multiscale_roi_align([feature.roll((2, 5), (2, 3))], boxes + tensor([0, 20, 8, 20, 8]), 7, (128, 128))
-    torch.testing.assert_close(moved, multiscale_roi_align([feature], boxes, 7, (128, 128)), rtol=0, atol=1e-12)
+    g = torch.Generator().manual_seed(0)
+    feature[..., 6:20, 6:20] = torch.randn(2, 14, 14, dtype=torch.float64, generator=g)
+    still = multiscale_roi_align([feature], boxes, 7, (128, 128))
+    moved_boxes = boxes + tensor([0, 20, 8, 20, 8])
+    moved = multiscale_roi_align([feature.roll((2, 5), (2, 3))], moved_boxes, 7, (128, 128))
+    torch.testing.assert_close(moved, still, rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------- precision, devices
+# --------------------------------------------------------------------------------------- precision, devices
 
-@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("dtype, atol", [
+    (torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
 def test_lower_precision_of_the_maps_alone(dtype, atol):
     features = [f.detach().to(dtype).double().requires_grad_() for f in maps((192, 256))]
     boxes = rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192))
     low = [f.detach().to(dtype).requires_grad_() for f in features]
-    out, exact = multiscale_roi_align(low, boxes.float(), 7, (192, 256)), multiscale_roi_align(features, boxes, 7, (192, 256))
+    out = multiscale_roi_align(low, boxes.float(), 7, (192, 256))
+    exact = multiscale_roi_align(features, boxes, 7, (192, 256))
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
     for a, b in zip(torch.autograd.grad(out.sum(), low), torch.autograd.grad(exact.sum(), features)):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=20 * atol)                           # sums over many bins
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=20 * atol)  # sums over many bins
 
 
 def test_autocast():
     features, boxes = maps((64, 64), dtype=torch.float32), rois_of((3, 4, 30, 31), (9, 9, 60, 50)).float()
+    same = torch.eye(3)[..., None, None]
     with torch.autocast("cpu", torch.bfloat16):
-        out = multiscale_roi_align([torch.nn.functional.conv2d(f, torch.eye(3)[..., None, None]) for f in features], boxes, 7, (64, 64))
+        halved = [torch.nn.functional.conv2d(f, same) for f in features]
+        out = multiscale_roi_align(halved, boxes, 7, (64, 64))
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), multiscale_roi_align(features, boxes, 7, (64, 64)), rtol=0, atol=3e-2)
+    exact = multiscale_roi_align(features, boxes, 7, (64, 64))
+    torch.testing.assert_close(out.float(), exact, rtol=0, atol=3e-2)
 
 
 @pytest.mark.parametrize("ratio", [2, -1])
@@ -211,7 +234,9 @@ def test_a_box_that_is_none_disturbs_no_other(ratio):
 def test_cuda_gives_the_same(gpu, n):
     g = torch.Generator().manual_seed(0)
     corner = torch.rand(n, 2, generator=g) * 300 - 30
-    boxes = torch.cat([torch.randint(2, (n, 1), generator=g), corner, corner + 2 ** (torch.rand(n, 2, generator=g) * 7.5 + 1)], 1).double()
+    image = torch.randint(2, (n, 1), generator=g)
+    sides = 2 ** (torch.rand(n, 2, generator=g) * 7.5 + 1)
+    boxes = torch.cat([image, corner, corner + sides], 1).double()
     features = maps((192, 256))
     cuda = [f.detach().to(gpu).requires_grad_() for f in features]
     ours = multiscale_roi_align(features, boxes, 7, (192, 256))
@@ -224,9 +249,11 @@ def test_cuda_gives_the_same(gpu, n):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_cuda_lower_precision(gpu, dtype):
-    features, boxes = maps((192, 256), dtype=torch.float32), rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192)).float()
+    features = maps((192, 256), dtype=torch.float32)
+    boxes = rois_of((3, 4, 30, 31), (9.3, 9.1, 100.7, 120), (0, 0, 256, 192)).float()
     cuda = [f.detach().to(gpu, dtype).requires_grad_() for f in features]
     out = multiscale_roi_align(cuda, boxes.to(gpu), 7, (192, 256))
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float().cpu(), multiscale_roi_align(features, boxes, 7, (192, 256)), rtol=0, atol=5e-2)
+    exact = multiscale_roi_align(features, boxes, 7, (192, 256))
+    torch.testing.assert_close(out.float().cpu(), exact, rtol=0, atol=5e-2)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), cuda))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.scenes import (CLASSES, FLYING, HELD_OUT, KINDS, OUTDOORS, THINGS, lay, make_scene, over, place,
-                                    variants, write_scenes)
+from maskrcnn_course.scenes import (CLASSES, FLYING, HELD_OUT, KINDS, OUTDOORS, THINGS, lay, make_scene,
+                                    over, place, variants, write_scenes)
 
 
 def scene(*seed, **kwargs): return make_scene(np.random.default_rng(seed), **kwargs)
@@ -72,14 +72,16 @@ def test_scenes_are_those_of_any_machine():
     expected = dict(areas=[[255, 518, 737, 1317, 2125, 2932], [436, 1055, 2676, 4379, 5125],
                            [157, 396, 564, 809, 1130, 1574, 2201, 2929], [194, 1035, 2297, 6494, 8448]],
                     means=[193.43, 119.37, 92.99, 155.92])
-    for ours, theirs in zip(areas, expected["areas"], strict=True): assert ours == pytest.approx(theirs, abs=3)
+    for ours, theirs in zip(areas, expected["areas"], strict=True):
+        assert ours == pytest.approx(theirs, abs=3)
     assert means == pytest.approx(expected["means"], abs=.2)
 
 
 def test_what_is_written_is_what_was_made(tmp_path):
     path = write_scenes(tmp_path / "s.h5", n=12, val=4, seed=9, size=(96, 128))
     everything = InstanceDataset(path)
-    assert everything.classes == CLASSES and [len(InstanceDataset(path, s)) for s in ("train", "val")] == [8, 4]
+    assert everything.classes == CLASSES
+    assert [len(InstanceDataset(path, s)) for s in ("train", "val")] == [8, 4]
     for i in range(12):
         image, target = everything[i]
         drawn, labels, masks = scene(9, i, size=(96, 128), held_out=i >= 8)
@@ -87,7 +89,8 @@ def test_what_is_written_is_what_was_made(tmp_path):
         assert np.abs(image.permute(1, 2, 0).numpy() * 255 - drawn).mean() < 8
         for (x1, y1, x2, y2), mask in zip(target["boxes"].long().tolist(), masks):
             inside = mask[y1:y2, x1:x2]
-            assert inside.sum() == mask.sum() and all(e.any() for e in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+            assert inside.sum() == mask.sum()
+            assert all(e.any() for e in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
         assert target["area"].tolist() == masks.sum((1, 2)).tolist() and not target["iscrowd"].any()
 
 
@@ -120,10 +123,17 @@ def test_classes_and_sizes_are_balanced():
 
 def test_wrong_requests_are_refused_before_anything_is_written(tmp_path):
     path = tmp_path / "s.h5"
-    for kwargs, message in ((dict(n=5, val=6), "val=6"), (dict(n=5, val=-1), "val=-1"), (dict(instances=(0, 2)), "at least 1"),
-                            (dict(instances=(4, 2)), "instances"), (dict(size=(16, 256)), "at least 32")):
+    wrong = [
+        (dict(n=5, val=6), "val=6 of n=5 scenes: it must lie in 0…5"),
+        (dict(n=5, val=-1), "val=-1 of n=5 scenes: it must lie in 0…5"),
+        (dict(instances=(0, 2)), "instances=\\(0, 2\\): give the fewest, at least 1, and the most"),
+        (dict(instances=(4, 2)), "instances=\\(4, 2\\): give the fewest, at least 1, and the most"),
+        (dict(size=(16, 256)), "size=\\(16, 256\\): height and width must be at least 32"),
+    ]
+    for kwargs, message in wrong:
         with pytest.raises(ValueError, match=message): write_scenes(path, **kwargs)
-    with pytest.raises(ValueError, match="find no room"): scene(0, size=(32, 32), instances=(60, 60))
+    with pytest.raises(ValueError, match="60 instances find no room in 32 × 32"):
+        scene(0, size=(32, 32), instances=(60, 60))
     assert not list(tmp_path.iterdir())
 
 
