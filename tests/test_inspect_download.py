@@ -559,7 +559,7 @@ def test_commands(server, tmp_path, capsys):
         (["inspect", nothing], "no data set at"),
         (["download", "coco4"], "invalid choice: 'coco4'"),
         (["download", "coco3", str(tmp_path / "x.h5"), "--from", "http://127.0.0.1:9"],
-         "annotations_trainval2017.zip cannot be fetched"),
+         ".jpg cannot be fetched: "),  # the archive is here already
     ]
     for line, message in wrong:
         assert main(line) == 1
