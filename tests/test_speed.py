@@ -458,7 +458,8 @@ def test_any_boxes_masks_and_images(rows, m, height, width, seed):
 
 def test_gradients_go_through_pasting():
     masks, boxes, size = paste_case(4, (40, 50), 6)
-    assert torch.autograd.gradcheck(lambda m: paste_in_boxes(m, boxes, size), masks.requires_grad_())
+    assert torch.autograd.gradcheck(lambda m: paste_in_boxes(m, boxes, size), masks.requires_grad_(),
+                                    fast_mode=True)
 
 
 # The whole model
