@@ -2,9 +2,8 @@
 
 # %% auto #0
 __all__ = ['FoldedConv2d', 'FoldedBatchNorm2d', 'FoldedFrozenBatchNorm2d', 'conv_norm_pairs', 'fold_norms', 'DepthwiseConv2d',
-           'speed_up_depthwise', 'FastRPNHead', 'answers_in_windows', 'LazyRPNOutput', 'FastRegionProposalNetwork',
-           'OneDNNLinear', 'project_in_parts', 'FastRoIHeads', 'paste_in_boxes', 'FastTransform', 'speed_up',
-           'slow_down']
+           'speed_up_depthwise', 'answers_in_windows', 'LazyRPNOutput', 'FastRegionProposalNetwork', 'project_in_parts',
+           'FastRoIHeads', 'paste_in_boxes', 'FastTransform', 'speed_up', 'slow_down']
 
 # %% ../nbs/11_speed.ipynb #5db8d366
 import functools
@@ -20,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torchvision.ops.misc import FrozenBatchNorm2d
 from .boxes import batched_gather
-from .rpn import RegionProposalNetwork, RPNHead, RPNOutput
+from .rpn import RegionProposalNetwork, RPNHead, RPNOutput, permute_and_flatten
 from .mask_head import paste_masks_in_image, pasting_weights, project_masks_on_boxes
 from .mask_rcnn import MaskRCNN, RoIHeads, Transform
 from .kernels import nms_mask_by_kernel
@@ -188,19 +187,6 @@ def speed_up_depthwise(
         _replace(body, name, new)
     return body
 
-# %% ../nbs/11_speed.ipynb #68d62600
-def _linear(conv, x):
-    "A 1x1 convolution of maps whose channels come last."
-    return F.linear(x, conv.weight.flatten(1), conv.bias)
-
-class FastRPNHead(RPNHead):
-    "The two answers as matrix products: with the channels last they come out in the order of the anchors."
-    def forward(self, features):
-        hidden = [self.conv(f).permute(0, 2, 3, 1) for f in features]
-        objectness = [_linear(self.cls_logits, h).flatten(1) for h in hidden]
-        deltas = [_linear(self.bbox_pred, h).reshape(len(h), -1, 4) for h in hidden]
-        return objectness, deltas
-
 # %% ../nbs/11_speed.ipynb #1c654736
 def _windows(features, cell, radius):
     "What lies around each cell, [batch, s, side, side, channels], and what of it is on the map."
@@ -230,9 +216,9 @@ def answers_in_windows(
     for conv, relu in head.conv:
         inside = inside[:, 1:-1, 1:-1]
         x = relu(F.conv2d(x, conv.weight, conv.bias)) * inside[:, None]  # beyond the map's edge are zeros
-    x, anchor = x.flatten(1), (index % k).flatten()[:, None]
-    objectness = batched_gather(_linear(head.cls_logits, x), anchor)
-    deltas = batched_gather(_linear(head.bbox_pred, x).unflatten(1, (k, 4)), anchor)
+    anchor = (index % k).flatten()[:, None]
+    objectness = batched_gather(permute_and_flatten(head.cls_logits(x), 1), anchor)
+    deltas = batched_gather(permute_and_flatten(head.bbox_pred(x), 4), anchor)
     return objectness.view(index.shape), deltas.view(*index.shape, 4)
 
 # %% ../nbs/11_speed.ipynb #4c654736
@@ -259,17 +245,6 @@ class FastRegionProposalNetwork(RegionProposalNetwork):
         return LazyRPNOutput(self.head, features, self.anchor_generator(image_size, features))
 
     def answers_at(self, features, output, index): return answers_in_windows(self.head, features, index)
-
-# %% ../nbs/11_speed.ipynb #4e4dcdb8
-class OneDNNLinear(nn.Linear):
-    "Without gradients, on a CPU and in 32 bits, it asks the library that computes the convolutions."
-    def forward(self, x):
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return super().forward(x)
-        plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) > 0
-        if not (plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-            return super().forward(x)
-        return F.linear(x.to_mkldnn(), self.weight, self.bias).to_dense()
 
 # %% ../nbs/11_speed.ipynb #cf6454d6
 def project_in_parts(masks:Tensor, boxes:Tensor, instance:Tensor, size:int, at_once:int=64) -> Tensor:
@@ -310,8 +285,7 @@ class FastTransform(Transform):
     paste = staticmethod(paste_in_boxes)
 
 # %% ../nbs/11_speed.ipynb #c8d16684
-_FASTER = {Transform: FastTransform, RPNHead: FastRPNHead, RegionProposalNetwork: FastRegionProposalNetwork,
-           RoIHeads: FastRoIHeads}
+_FASTER = {Transform: FastTransform, RegionProposalNetwork: FastRegionProposalNetwork, RoIHeads: FastRoIHeads}
 
 def speed_up(
     model:MaskRCNN, # changed in place: modules give way to faster ones with the same weights
@@ -319,10 +293,9 @@ def speed_up(
     "The same numbers, faster. `slow_down` undoes it."
     fold_norms(model.backbone.body)
     speed_up_depthwise(model.backbone.body)
-    for name, module in list(model.named_modules()):
-        linear = type(module) is nn.Linear and name.startswith("roi_heads.box_head.")
-        if kind := OneDNNLinear if linear else _FASTER.get(type(module)):
-            new = _as(kind, module)
+    for name, module in list(model.named_children()):
+        if type(module) in _FASTER:
+            new = _as(_FASTER[type(module)], module)
             new.plain = type(module)
             _replace(model, name, new)
     return model

@@ -17,6 +17,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from helpers import loud
 from maskrcnn_course.mask_rcnn import MaskRCNN, Transform
 from maskrcnn_course.presets import build_model, load_model, save_model
 from maskrcnn_course.speed import speed_up
@@ -68,28 +69,6 @@ def settle(peer):
         layer.weight.fill_(0.2 if last_of_branch else 1).add_(0.1 * torch.rand_like(layer.weight))
         layer.bias.normal_(0, 0.1)
     return peer
-
-
-@torch.no_grad()
-def loud(model):
-    "Random last layers whose answers vary by about one, so that an untrained model finds many things."
-    model.eval()
-    torch.manual_seed(2)
-    rpn_head, predictor = model.rpn.head, model.roi_heads.box_predictor
-    image = [torch.rand(3, 128, 128).to(rpn_head.cls_logits.weight)]
-    for layer, answer, spread in (
-            (rpn_head.cls_logits, "objectness", 2), (rpn_head.bbox_pred, "deltas", 0.3)):
-        nn.init.normal_(layer.weight)
-        layer.weight *= spread / torch.cat([a.flatten() for a in model.stages(image)[answer]]).std()
-    stages = model.stages(image)
-    proposals, image_size = stages["proposals"], stages["batch"].image_size
-    for i, layer, spread in ((0, predictor.cls_score, 2), (1, predictor.bbox_pred, 1)):
-        nn.init.normal_(layer.weight)
-        answers = model.roi_heads.predict_boxes(
-            stages["features"], proposals["boxes"], proposals["valid"], image_size)
-        layer.weight *= spread / answers[i].std()
-    nn.init.normal_(model.roi_heads.mask_predictor.mask_fcn_logits.weight, std=0.3)
-    return model
 
 
 def pair(peer, fast=False):
@@ -571,23 +550,6 @@ def test_stages_are_what_a_prediction_is_made_of():
     kept = model.stages(images, score_thresh=least)["detections"]
     assert kept["valid"].sum() < stages["detections"]["valid"].sum()
     assert (kept["scores"][kept["valid"]] >= least).all() and kept["valid"][0].sum() == 3
-
-
-def test_boxes_without_masks_train_all_but_the_masks():
-    torch.manual_seed(0)
-    model, (image, target) = build_model("tiny"), example(64, 64, dtype=torch.float32)
-    del target["masks"]
-    target["boxes"] = target["boxes"].float()
-    batch = model.prepare([image], [target])
-    features = model.backbone(batch.images)
-    output = model.rpn(features, batch.image_size)
-    proposals = model.rpn.filter_proposals(output, batch.sizes, train=True)
-    samples = model.roi_heads.select_training_samples(proposals, batch.targets)
-    losses = model.rpn.losses(features, output, batch.targets["boxes"], batch.targets["valid"])
-    losses |= model.roi_heads.box_losses(features, samples, batch)
-    assert len(losses) == 4 and all(loss > 0 for loss in losses.values())
-    with pytest.raises(ValueError, match="boxes but no masks"):
-        model.roi_heads.mask_losses(features, samples, batch)
 
 
 @pytest.mark.gpu

@@ -22,8 +22,8 @@ from maskrcnn_course.mask_rcnn import MaskRCNN, RoIHeads, Transform
 from maskrcnn_course.presets import PRESETS, build_model
 from maskrcnn_course.rpn import RegionProposalNetwork, RPNHead
 from maskrcnn_course.speed import (
-    DepthwiseConv2d, FastRegionProposalNetwork, FastRoIHeads, FastRPNHead, FastTransform, FoldedBatchNorm2d,
-    FoldedConv2d, FoldedFrozenBatchNorm2d, OneDNNLinear, _as, answers_in_windows, conv_norm_pairs, fold_norms,
+    DepthwiseConv2d, FastRegionProposalNetwork, FastRoIHeads, FastTransform, FoldedBatchNorm2d,
+    FoldedConv2d, FoldedFrozenBatchNorm2d, _as, answers_in_windows, conv_norm_pairs, fold_norms,
     paste_in_boxes, project_in_parts, slow_down, speed_up, speed_up_depthwise)
 
 
@@ -280,21 +280,6 @@ def test_second_derivatives_of_depthwise_layers_are_refused():
 
 # The RPN
 
-@pytest.mark.parametrize("depth", [1, 3])
-def test_answers_as_matrix_products(depth):
-    torch.manual_seed(depth)
-    head = RPNHead(8, 3, depth).double()
-    for p in head.parameters(): nn.init.normal_(p)
-    shapes = ((12, 16), (6, 8), (3, 5))
-    maps = [torch.randn(2, 8, *s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    results = []
-    for h in (head, _as(FastRPNHead, head)):
-        answers = [a for kind in h(maps) for a in kind]
-        learning = [*maps, *h.parameters()]
-        results.append([*answers, *torch.autograd.grad(sum(a.square().sum() for a in answers), learning)])
-    for a, b in zip(*results, strict=True): assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("shapes", [
     ((12, 16), (6, 8), (3, 5)), ((1, 1),), ((1, 9), (7, 1)), ((2, 2), (1, 1))])
@@ -349,40 +334,6 @@ def test_the_head_runs_when_its_answers_are_asked_for_and_once():
         assert len(calls) == 1 and not (rpn is fast and output.objectness[0].requires_grad)
         results.append([*losses.values(), *proposals, *gradients])
     for a, b in zip(*results, strict=True): assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-# The box head
-
-@pytest.mark.parametrize("rows", [0, 1, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_linear_is_torchs(rows, dtype, autocast):
-    torch.manual_seed(0)
-    theirs, x = nn.Linear(96, 40).to(dtype), torch.randn(rows, 96).to(dtype)
-    ours = _as(OneDNNLinear, copy.deepcopy(theirs))
-    results = []
-    for layer in (ours, theirs):
-        mine = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast): out = layer(mine)
-        out.float().square().sum().backward()
-        results.append([out.detach(), mine.grad, layer.weight.grad, layer.bias.grad])
-    for a, b in zip(*results):
-        assert torch.equal(a, b) and a.dtype == b.dtype  # with gradients, to the bit
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast): a, b = ours(x), theirs(x)
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_linear_without_gradients_compiled_and_strided():
-    torch.manual_seed(0)
-    layer, x = _as(OneDNNLinear, nn.Linear(96, 40)), torch.randn(96, 30).T  # not contiguous
-    with torch.no_grad(): expected = nn.Linear.forward(layer, x)
-    with torch.inference_mode(): assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    for gradients in (True, False):
-        with torch.set_grad_enabled(gradients):
-            found = torch.compile(layer, backend="eager", fullgraph=True)(x)
-        assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
 # The mask head
@@ -551,8 +502,8 @@ def test_names_stay_and_what_is_undone_is_as_before(pair):
     before = copy.deepcopy(fast)
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert type(fast.transform) is FastTransform and type(fast.rpn) is FastRegionProposalNetwork
-    assert type(fast.rpn.head) is FastRPNHead and type(fast.roi_heads) is FastRoIHeads
-    assert "FastRPNHead" in repr(fast) and fast.settings == plain.settings
+    assert type(fast.rpn) is FastRegionProposalNetwork and type(fast.roi_heads) is FastRoIHeads
+    assert "FastRegionProposalNetwork" in repr(fast) and fast.settings == plain.settings
     assert speed_up(fast) is fast and classes(fast) == classes(before)            # twice is once
     kept = [id(t) for t in [*fast.parameters(), *fast.buffers()]]
     assert slow_down(fast) is fast and classes(fast) == classes(plain)
@@ -569,7 +520,7 @@ def test_no_object_changes_its_class():
     kinds = {name: type(m) for name, m in parts.items()}
     speed_up(model)
     assert {name: type(m) for name, m in parts.items()} == kinds
-    assert RPNHead.forward is not FastRPNHead.forward and Transform.paste is paste_masks_in_image
+    assert RoIHeads.masks_of is not FastRoIHeads.masks_of and Transform.paste is paste_masks_in_image
 
 
 @pytest.mark.parametrize("travel", [
@@ -638,7 +589,7 @@ def test_weights_loaded_after_speed_up_are_used(pair):
 
 
 def test_build_model_is_fast_unless_told_not_to():
-    assert type(build_model("tiny").rpn.head) is FastRPNHead
+    assert type(build_model("tiny").rpn) is FastRegionProposalNetwork
     assert type(build_model("tiny", fast=False).rpn.head) is RPNHead
 
 
@@ -646,7 +597,6 @@ def test_the_laptops_body_has_its_fast_layers():
     kinds = [type(m) for m in build_model("laptop", pretrained=False).modules()]
     assert kinds.count(FoldedConv2d) == 32 and kinds.count(DepthwiseConv2d) == 16
     assert kinds.count(FoldedBatchNorm2d) == 48 and nn.BatchNorm2d not in kinds
-    assert kinds.count(OneDNNLinear) == 2
 
 
 def test_a_frozen_resnet_is_folded_with_frozen_norms():

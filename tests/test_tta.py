@@ -4,34 +4,14 @@ import copy
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import nn, tensor
+from torch import tensor
 
+from helpers import loud
 from maskrcnn_course.mask_head import project_masks_on_boxes
 from maskrcnn_course.presets import PRESETS, build_model, with_test_augmentation
 from maskrcnn_course.tta import MaskRCNNWithTTA, View, boxes_from_masks
 
 ALONE = dict(scales=(), flip=False, mask_box_weight=0.0)
-
-
-@torch.no_grad()
-def loud(model):
-    "Random last layers whose answers vary by about one, so that an untrained model finds many things."
-    model.eval()
-    torch.manual_seed(2)
-    rpn_head, heads = model.rpn.head, model.roi_heads
-    image = [torch.rand(3, 128, 128).to(rpn_head.cls_logits.weight)]
-    for layer, answer, spread in (
-            (rpn_head.cls_logits, "objectness", 2), (rpn_head.bbox_pred, "deltas", 0.3)):
-        nn.init.normal_(layer.weight)
-        layer.weight *= spread / torch.cat([a.flatten() for a in model.stages(image)[answer]]).std()
-    stages = model.stages(image)
-    proposals, image_size = stages["proposals"], stages["batch"].image_size
-    for i, layer, spread in ((0, heads.box_predictor.cls_score, 2), (1, heads.box_predictor.bbox_pred, 1)):
-        nn.init.normal_(layer.weight)
-        answers = heads.predict_boxes(stages["features"], proposals["boxes"], proposals["valid"], image_size)
-        layer.weight *= spread / answers[i].std()
-    nn.init.normal_(heads.mask_predictor.mask_fcn_logits.weight, std=3)
-    return model
 
 
 def examples():
@@ -42,7 +22,8 @@ def examples():
 
 def model_and_images(fast=False, **kwargs):
     torch.manual_seed(0)
-    return loud(build_model("tiny", fast=fast, **kwargs).double()), examples()
+    model = build_model("tiny", fast=fast, **kwargs).double()
+    return loud(model, mask_std=3), examples()
 
 
 def same(a, b):
