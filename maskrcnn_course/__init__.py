@@ -13,7 +13,7 @@ _MODULE_OF = {
     "import_mask_folder": "importers",
     "write_scenes": "scenes",
 }
-__all__ = list(_MODULE_OF)
+__all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name):

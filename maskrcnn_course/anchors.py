@@ -16,9 +16,9 @@ def cell_anchors(
     aspect_ratios:tuple, # height / width
 ) -> Float[Tensor, "n 4"]:
     "Anchors around the origin, rounded to whole pixels: for each ratio, every size (Faster R-CNN, 3.1.1)."
-    sizes = torch.tensor(sizes, dtype=torch.float32)
+    size = torch.tensor(sizes, dtype=torch.float32)
     h_scale = torch.tensor(aspect_ratios, dtype=torch.float32).sqrt()[:, None]
-    w, h = (1 / h_scale * sizes).flatten(), (h_scale * sizes).flatten()
+    w, h = (1 / h_scale * size).flatten(), (h_scale * size).flatten()
     return (torch.stack([-w, -h, w, h], 1) / 2).round()
 
 # %% ../nbs/03_anchors.ipynb #c845423c

@@ -6,6 +6,7 @@ __all__ = ['MAX_LOG_SCALE', 'box_area', 'box_iou', 'clip_boxes', 'remove_small_b
 
 # %% ../nbs/02_boxes.ipynb #6f4c0078
 import math
+from typing import Any
 
 import torch
 import torchvision
@@ -138,7 +139,7 @@ def apply_to_valid(
     valid:Bool[Tensor, "batch n"], # which entries are real
     *tensors:Tensor,               # each [batch, n, ...]
     drop:bool=False,               # on a GPU too: for a function that must not see padding
-) -> Tensor|tuple:
+) -> Any:                            # [batch, n, ...], or a tuple of such tensors
     """`function` of the real entries, and zeros elsewhere.
 
     A GPU computes all entries: to count the real ones, the program would have to wait for it.

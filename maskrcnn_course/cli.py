@@ -311,8 +311,8 @@ def predict_(args:argparse.Namespace) -> None:
         except ValueError as e: print(f"passed over: {e}", file=sys.stderr)
         else: done += 1
     try:
-        if places: results = _predict_photos(model, classes, places, args.threshold)
-        elif not done: raise ValueError(f"none of the {len(videos)} videos could be read")
+        if not places and not done: raise ValueError(f"none of the {len(videos)} videos could be read")
+        results = _predict_photos(model, classes, places, args.threshold) if places else []
     except ValueError as e:
         if not done: raise
         print(f"passed over: {e}", file=sys.stderr)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 import h5py, numpy as np, torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from PIL import Image
@@ -24,8 +25,8 @@ from tqdm import tqdm
 # %% ../nbs/00_data.ipynb #fc7fbe41
 def mask_box(mask:np.ndarray) -> tuple[int, int, int, int]:
     "The box that just holds a mask with at least one pixel."
-    ys = mask.any(1).nonzero()[0]
-    xs = mask.any(0).nonzero()[0]
+    ys = np.flatnonzero(mask.any(1))
+    xs = np.flatnonzero(mask.any(0))
     return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 # %% ../nbs/00_data.ipynb #4ca45498
@@ -33,7 +34,8 @@ def encode_mask(
     mask:np.ndarray | Tensor, # [H, W], not zero where the object is
 ) -> bytes:
     "COCO's compressed run-length encoding of a mask, read column by column."
-    return coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0).view(np.uint8))["counts"]
+    rle:Any = coco_mask.encode(np.asfortranarray(np.asarray(mask) != 0).view(np.uint8))
+    return rle["counts"]
 
 # %% ../nbs/00_data.ipynb #af4e7d6a
 def decode_mask(
@@ -62,10 +64,10 @@ def decode_mask(
 FORMAT = "maskrcnn_course"
 VERSION = 1
 _TEXT = h5py.string_dtype()
-_IMAGE = np.dtype([
+_INFO = [
     ("id", "i8"), ("file_name", _TEXT), ("width", "i8"), ("height", "i8"),
-    ("split", _TEXT), ("license", _TEXT), ("url", _TEXT),
-    ("crc", "i8"), ("data", "i8", 2), ("instances", "i8", 2)])
+    ("split", _TEXT), ("license", _TEXT), ("url", _TEXT)]
+_IMAGE = np.dtype([*_INFO, ("crc", "i8"), ("data", "i8", 2), ("instances", "i8", 2)])
 _INSTANCE = np.dtype([
     ("image", "i8"), ("label", "i8"), ("box", "f8", 4), ("area", "f8"), ("iscrowd", "i8"), ("rle", "i8", 2)])
 _TABLES = {  # type of a row, and how many rows are stored together
@@ -83,23 +85,24 @@ def _spans(start:int, lengths:list) -> list:
 # %% ../nbs/00_data.ipynb #55dc1cd8
 def _append(f:h5py.File, examples:list) -> None:
     "Append `examples` to the tables of `f`."
+    tables:dict = dict(f)
     def extend(name, rows):
-        n = len(f[name])
-        f[name].resize(n + len(rows), axis=0)
-        if len(rows): f[name][n:] = rows
+        n = len(tables[name])
+        tables[name].resize(n + len(rows), axis=0)
+        if len(rows): tables[name][n:] = rows
     def pack(name, items):
-        spans = _spans(len(f[name]), [len(item) for item in items])
+        spans = _spans(len(tables[name]), [len(item) for item in items])
         extend(name, np.frombuffer(b"".join(items), np.uint8))
         return spans
 
-    n = len(f["images"])
+    n = len(tables["images"])
     rows = [(n + i, r) for i, e in enumerate(examples) for r in e["instances"]]
     rles = pack("rle_bytes", [r["rle"] for _, r in rows])
     data = pack("image_bytes", [e["image"] for e in examples])
-    spans = _spans(len(f["instances"]), [len(e["instances"]) for e in examples])
+    spans = _spans(len(tables["instances"]), [len(e["instances"]) for e in examples])
     instances = [(i, r["label"], tuple(r["box"]), r["area"], r["iscrowd"], rle)
                  for (i, r), rle in zip(rows, rles)]
-    images = [(*(e.get(k, "") for k in _IMAGE.names[:7]), zlib.crc32(e["image"]), at, span)
+    images = [(*(e.get(k, "") for k, _ in _INFO), zlib.crc32(e["image"]), at, span)
               for e, at, span in zip(examples, data, spans)]
     extend("instances", np.array(instances, _INSTANCE))
     extend("images", np.array(images, _IMAGE))
@@ -167,9 +170,10 @@ def _open_dataset(path:Path) -> h5py.File:
         raise FileNotFoundError(f"no data set at {path}: make one with write_scenes or import_coco")
     try: f = h5py.File(path, "r")
     except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, make it again: {e}") from e
-    if f.attrs.get("format") != FORMAT or f.attrs["version"] > VERSION:
+    attributes:dict = dict(f.attrs)
+    if attributes.get("format") != FORMAT or attributes["version"] > VERSION:
         raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: "
-                         f"its attributes are {dict(f.attrs)}")
+                         f"its attributes are {attributes}")
     return f
 
 # %% ../nbs/00_data.ipynb #7da48dc0
@@ -182,11 +186,10 @@ def decode_image(data:bytes, where:str) -> Image.Image:
 # %% ../nbs/00_data.ipynb #d7c06cf3
 def _in_hand(f:h5py.File) -> dict:
     "The tables of an open file in memory, its bytes where they are."
-    return dict(
-        images=f["images"][:],
-        instances=f["instances"][:],
-        image_bytes=f["image_bytes"],
-        rle_bytes=f["rle_bytes"],
+    tables:dict = dict(f)
+    return tables | dict(
+        images=tables["images"][:],
+        instances=tables["instances"][:],
         masks=bool(f.attrs.get("masks", True)))
 
 def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
@@ -201,9 +204,10 @@ def _read_instances(tables:dict, row:int) -> tuple[np.ndarray, list]:
 # %% ../nbs/00_data.ipynb #7d45e53d
 def _decode_masks(rles:list, size:tuple, where:str) -> UInt8[Tensor, "n H W"]:
     "The masks of an image of this (width, height)."
-    masks = np.zeros((len(rles), *size[::-1]), np.uint8)
+    width, height = size
+    masks = np.zeros((len(rles), height, width), np.uint8)
     try:
-        for mask, rle in zip(masks, rles): mask[:] = decode_mask(rle, *mask.shape)
+        for i, rle in enumerate(rles): masks[i] = decode_mask(rle, height, width)
     except ValueError as e: raise ValueError(f"{where}: {e}") from e
     return torch.from_numpy(masks)
 
@@ -241,11 +245,11 @@ class InstanceDataset(torch.utils.data.Dataset):
             raise ValueError(f"split {split!r} is none of 'train', 'val' and None")
         self.path = Path(path)
         self.transforms = transforms
-        self._opened, self._pid = None, None
+        self._opened, self._pid = {}, None
         with _open_dataset(self.path) as f:
-            ids = f["images"]["id"]
-            splits = f["images"]["split"].astype(str)
-            self.classes = json.loads(f.attrs["classes"])
+            images:Any = f["images"]
+            ids, splits = images["id"], images["split"].astype(str)
+            self.classes = json.loads(str(f.attrs["classes"]))
             self.has_masks = bool(f.attrs.get("masks", True))
         if "val" not in splits:
             place = np.random.default_rng(0).permutation(len(ids))
@@ -256,7 +260,7 @@ class InstanceDataset(torch.utils.data.Dataset):
         self.num_classes = len(self.classes) + 1
 
     def __len__(self) -> int: return len(self._rows)
-    def __getstate__(self) -> dict: return {**self.__dict__, "_opened": None, "_pid": None}
+    def __getstate__(self) -> dict: return {**self.__dict__, "_opened": {}, "_pid": None}
 
     @property
     def _tables(self) -> dict:
@@ -279,7 +283,7 @@ class InstanceDataset(torch.utils.data.Dataset):
     ) -> dict:
         "What the file says of image `i`: id, file_name, width, height, split, license and url."
         entry = self._tables["images"][self._rows[i]]
-        return {k: entry[k].decode() if _IMAGE[k] == _TEXT else int(entry[k]) for k in _IMAGE.names[:7]}
+        return {k: entry[k].decode() if kind is _TEXT else int(entry[k]) for k, kind in _INFO}
 
     def coco(self) -> dict:
         "The ground truth as COCO writes it: images, annotations with compressed RLE, categories."
@@ -288,7 +292,7 @@ class InstanceDataset(torch.utils.data.Dataset):
         for image, row in zip(images, self._rows):
             for r, rle in zip(*_read_instances(self._tables, row)):
                 x1, y1, x2, y2 = r["box"].tolist()
-                annotation = dict(
+                annotation:dict = dict(
                     id=len(annotations) + 1, image_id=image["id"], category_id=int(r["label"]),
                     bbox=[x1, y1, x2 - x1, y2 - y1], area=float(r["area"]), iscrowd=int(r["iscrowd"]))
                 if self.has_masks:
@@ -309,8 +313,10 @@ def _measured_at_border(boxes, masks):
 
 def _transform(transforms, image:UInt8[Tensor, "3 H W"], target:dict) -> tuple[Tensor, dict]:
     "Apply `transforms`, measure areas and boxes at the border anew, and drop objects with nothing left."
-    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
-    shapes = {"boxes": boxes}
+    _, height, width = image.shape
+    boxes = tv_tensors.BoundingBoxes(  # pyright: ignore[reportCallIssue]
+        target["boxes"], format="XYXY", canvas_size=(height, width))
+    shapes:dict = {"boxes": boxes}
     if "masks" in target: shapes["masks"] = tv_tensors.Mask(target["masks"])
     image, target = transforms(tv_tensors.Image(image), target | shapes)
     target |= {k: target[k].as_subclass(Tensor) for k in shapes}
@@ -385,7 +391,7 @@ def _check_boxes(boxes, i):
     if boxes.is_cuda: return
     wrong = (~(boxes[:, 2:] > boxes[:, :2]).all(1)).nonzero()
     if len(wrong):
-        j = wrong[0].item()
+        j = int(wrong[0])
         raise ValueError(f"box {j} of target {i} is {boxes[j].tolist()}; "
                          "boxes are x1 y1 x2 y2 with x1 < x2 and y1 < y2")
 

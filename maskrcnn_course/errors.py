@@ -48,29 +48,30 @@ def classify_mistakes(
     iou_type:str="bbox",              # "bbox" compares boxes, "segm" masks
 ) -> list: # (one of `MISTAKES`; result or None; annotation or None; what an oracle says instead, or None)
     "What is wrong with each result, then the annotations missed (the kinds of Bolya et al., 2020)."
-    gt, results = read_json(gt), read_json(results)
-    evaluate(gt, results, iou_type)                               # refuses what cannot be right
+    truth, detections = read_json(gt), read_json(results)
+    evaluate(truth, detections, iou_type)                         # refuses what cannot be right
     shape, sizes = (
         ("bbox", None) if iou_type == "bbox"
-        else ("segmentation", {image["id"]: image for image in gt["images"]}))
-    lowest, sorted_out = min((r["score"] for r in results), default=1) - 1, []
+        else ("segmentation", {image["id"]: image for image in truth["images"]}))
+    lowest, sorted_out = min((r["score"] for r in detections), default=1) - 1, []
     by_image = defaultdict(list), defaultdict(list)
-    for rows, of in zip((sorted(results, key=lambda row: -row["score"]), gt["annotations"]), by_image):
+    best_first = sorted(detections, key=lambda row: -row["score"])
+    for rows, of in zip((best_first, truth["annotations"]), by_image):
         for row in rows: of[row["image_id"]].append(row)
-    for image in gt["images"]:
+    for image in truth["images"]:
         rows, objects = (of[image["id"]] for of in by_image)
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in objects], bool)
         found, there = shapes_of(rows, "result", sizes)[0], shapes_of(objects, "annotation", sizes)[0]
         same = np.array(
             [[r["category_id"] == a["category_id"] for a in objects] for r in rows],
             bool).reshape(len(rows), len(objects))
-        ious = coco_mask.iou(found, there, crowd.tolist()) if same.size else np.zeros(same.shape)
+        ious = np.reshape(coco_mask.iou(found, there, crowd.tolist()), same.shape)
         for kind, i, j, gets in _mistakes(ious, same, crowd):
             row, a = rows[i] if i >= 0 else None, objects[j] if j >= 0 else None
             blank = dict(image_id=image["id"], score=lowest)
-            sorted_out.append((
-                kind, row, a,
-                (row or blank) | {k: a[k] for k in ("category_id", "bbox", shape)} if gets else None))
+            copied = ("category_id", "bbox", shape)
+            better = (row or blank) | {k: objects[j][k] for k in copied} if gets else None
+            sorted_out.append((kind, row, a, better))
     return sorted_out
 
 def oracle_ladder(

@@ -6,8 +6,9 @@ __all__ = ['THRESHOLDS', 'RECALLS', 'MAX_DETECTIONS', 'AREAS', 'rpn_accuracy', '
 
 # %% ../nbs/09_evaluation.ipynb #97cdd642
 import json, math, os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 import numpy as np, torch
 from jaxtyping import Bool, Float, Int, Real
 from pycocotools import mask as coco_mask
@@ -142,7 +143,9 @@ def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     return np.where(fills, np.add.reduceat(runs * odd, first), -1)
 
 # %% ../nbs/09_evaluation.ipynb #936e6bb6
-def read_json(source:dict | list | str | os.PathLike) -> dict | list:
+def read_json(
+    source:dict | list | str | os.PathLike,
+) -> Any: # a dict or a list
     "The content of a JSON file, or `source` itself where it is no path."
     return json.loads(Path(source).read_text()) if isinstance(source, (str, os.PathLike)) else source
 
@@ -170,7 +173,7 @@ def _box(row:dict) -> tuple:
     return x, y, w, h
 
 
-def _rle(row:dict, sizes:dict) -> dict:
+def _rle(row:dict, sizes:dict) -> Mapping:
     "Its `segmentation` as a compressed RLE; `sizes` has the height and width of every image."
     segmentation, size = row["segmentation"], sizes[row["image_id"]]
     if isinstance(segmentation, list): return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
@@ -268,7 +271,7 @@ def _mask_iou(
     for g in np.intersect1d(group, other_group):
         i = slice(*np.searchsorted(group, [g, g + 1]))
         j = slice(*np.searchsorted(other_group, [g, g + 1]))
-        ious.append(coco_mask.iou(masks[i], others[j], crowd[j].tolist()).ravel())
+        ious.append(np.ravel(coco_mask.iou(masks[i], others[j], crowd[j].tolist())))
     return np.concatenate(ious)
 
 # %% ../nbs/09_evaluation.ipynb #480d729f
@@ -291,15 +294,15 @@ def evaluate(
     iou_type:str="bbox",              # "bbox" compares boxes, "segm" masks
 ) -> dict:                            # AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl per_class
     "COCO's twelve numbers, as pycocotools' (-1: nothing to find); a `ValueError` names a wrong result."
-    gt, results = read_json(gt), read_json(results)
+    truth, rows = read_json(gt), read_json(results)
     if iou_type not in ("bbox", "segm"): raise ValueError(f"iou_type is 'bbox' or 'segm', not {iou_type!r}")
-    if not isinstance(results, list): raise ValueError(f"results are a list, not a {type(results).__name__}")
-    lacks = {"images", "annotations", "categories"} - set(gt)
+    if not isinstance(rows, list): raise ValueError(f"results are a list, not a {type(rows).__name__}")
+    lacks = {"images", "annotations", "categories"} - set(truth)
     if lacks: raise ValueError(f"the truth lacks {sorted(lacks)}")
-    images = {i["id"]: i for i in gt["images"]}
-    classes = {c["id"]: c["name"] for c in gt["categories"]}
-    obj_group, objects, crowd, ignore = _objects(gt, iou_type, images, classes)
-    det_group, detections, scores, turn, outside = _detections(results, iou_type, images, classes)
+    images = {i["id"]: i for i in truth["images"]}
+    classes = {c["id"]: c["name"] for c in truth["categories"]}
+    obj_group, objects, crowd, ignore = _objects(truth, iou_type, images, classes)
+    det_group, detections, scores, turn, outside = _detections(rows, iou_type, images, classes)
     det, obj = _pairs(det_group, obj_group)
     if iou_type == "bbox": iou = paired_iou(detections[det], objects[obj], crowd[obj])
     else: iou = _mask_iou(detections, det_group, objects, obj_group, crowd)
@@ -335,7 +338,8 @@ def results_from_predictions(
                 for box, label, score in zip(boxes, labels, scores)]
         if "masks" in prediction:
             masks = (prediction["masks"][:, 0] > mask_threshold).permute(1, 2, 0).cpu().numpy()
-            for row, rle in zip(rows, coco_mask.encode(np.asfortranarray(masks, np.uint8))):
+            rles:Any = coco_mask.encode(np.asfortranarray(masks, np.uint8))
+            for row, rle in zip(rows, rles):
                 row["segmentation"] = dict(size=rle["size"], counts=rle["counts"].decode())
         results += rows
     return results

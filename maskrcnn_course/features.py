@@ -41,7 +41,7 @@ class FeatureCache:
         return (
             [f.clamp(-448, 448).to(torch.float8_e4m3fn) for f in features],
             proposals,
-            batch._replace(images=None))
+            batch._replace(images=batch.images.new_empty(0)))
 
     def keep(self, result:tuple) -> int:
         "Write what is large, remember the rest; returns the bytes written."

@@ -290,7 +290,8 @@ def import_mask_folder(
 # %% ../nbs/00b_importers.ipynb #27e7ec85
 class _Note:
     "What a pickle names: notes how it would be called and filled, and does nothing."
-    def __init__(self, name:str, args:tuple=()): self.name, self.args, self.state = name, args, ()
+    state:tuple = ()
+    def __init__(self, name:str, args:tuple=()): self.name, self.args = name, args
     def __call__(self, *args): return _Note(self.name, args)
     def __setstate__(self, state): self.state = state
 

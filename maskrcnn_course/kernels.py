@@ -7,6 +7,7 @@ __all__ = ['nms_mask_by_kernel', 'roi_align_by_kernel']
 import functools
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .roi_align import roi_levels
 
 # %% ../nbs/10d_kernels.ipynb #895084da
 @functools.cache
-def _nms_kernel():
+def _nms_kernel() -> Any:
     "The kernel, compiled when it is first called; None where there is no Triton."
     try:
         import triton
@@ -98,7 +99,7 @@ def _align_kernel():
         place = out + (k * BINS * BINS + bin) * C + channel
         if BACKWARD: value = tl.load(place)
         else: value = tl.full((C,), 0.0, tl.float32)
-        for i in tl.static_range(RATIO * RATIO):
+        for i in tl.static_range(RATIO * RATIO):           # pyright: ignore[reportGeneralTypeIssues]
             y = y1 + height * (bin // BINS + (i // RATIO + 0.5) / RATIO)
             x = x1 + width * (bin % BINS + (i % RATIO + 0.5) / RATIO)
             inside = (y >= -1) & (y <= rows) & (x >= -1) & (x <= columns)
@@ -107,7 +108,7 @@ def _align_kernel():
             x = tl.minimum(tl.maximum(x, 0.0), columns - 1.0)
             top, left = y.to(tl.int32), x.to(tl.int32)
             down, right = y - top, x - left                # distance from the cell above and left
-            for corner in tl.static_range(4):
+            for corner in tl.static_range(4):              # pyright: ignore[reportGeneralTypeIssues]
                 row = tl.minimum(top + corner // 2, rows - 1)
                 column = tl.minimum(left + corner % 2, columns - 1)
                 weight = (share * tl.where(corner // 2 == 1, down, 1 - down)
@@ -133,7 +134,7 @@ class _RoIAlignByKernel(torch.autograd.Function):
         return out.permute(0, 3, 1, 2).to(maps[0].dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         rois, about = ctx.saved_tensors
         grad = grad.permute(0, 2, 3, 1).contiguous().to(rois)   # sums in 32 bits
         given = [rois.new_zeros(shape) for shape in ctx.shapes]

@@ -33,14 +33,13 @@ class MaskRCNNPredictor(nn.Sequential):
         dim_reduced:int,  # channels of the finer map
         num_classes:int,  # classes with background
     ):
-        super().__init__(OrderedDict(
-            conv5_mask=nn.ConvTranspose2d(in_channels, dim_reduced, 2, 2),
-            relu=nn.ReLU(inplace=True),
-            mask_fcn_logits=nn.Conv2d(dim_reduced, num_classes, 1)))
-        nn.init.kaiming_normal_(self.conv5_mask.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv5_mask.bias)
-        nn.init.normal_(self.mask_fcn_logits.weight, std=1e-3)  # every pixel starts near one half
-        nn.init.zeros_(self.mask_fcn_logits.bias)
+        finer = nn.ConvTranspose2d(in_channels, dim_reduced, 2, 2)
+        logits = nn.Conv2d(dim_reduced, num_classes, 1)
+        super().__init__(OrderedDict(conv5_mask=finer, relu=nn.ReLU(inplace=True), mask_fcn_logits=logits))
+        nn.init.kaiming_normal_(finer.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(logits.weight, std=1e-3)  # every pixel starts near one half
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"): nn.init.zeros_(weight)
 
 # %% ../nbs/08_mask_head.ipynb #83adb6a6
 def masks_of_class(

@@ -26,13 +26,13 @@ from .mask_head import (
 # %% ../nbs/10_mask_rcnn.ipynb #07442b63
 class Batch(NamedTuple):
     "Images as the model sees them: resized, normalised, padded."
-    images:Tensor|None   # [batch, 3, height, width]; None where only its features are kept
+    images:Tensor        # [batch, 3, height, width]; empty where only its features are kept
     image_size:tuple     # height and width of the padded images
     sizes:Tensor         # [batch, 2], height and width without the padding
     original_sizes:list  # (height, width) of each image as it came
-    # boxes [batch, n, 4], labels [batch, n], valid [batch, n];
+    # boxes [batch, n, 4], labels [batch, n], valid [batch, n]; empty without targets;
     # and with masks: masks [instances, height, width], first_mask [batch]
-    targets:dict|None
+    targets:dict
 
 # %% ../nbs/10_mask_rcnn.ipynb #a8cc137a
 def _resize(images, size, mode):
@@ -65,7 +65,7 @@ class Transform(nn.Module):
         if not isinstance(self.min_size, tuple): return self.min_size
         if not self.training: return self.min_size[-1]
         device = generator.device if generator else "cpu"
-        return self.min_size[torch.randint(len(self.min_size), (), generator=generator, device=device).item()]
+        return self.min_size[int(torch.randint(len(self.min_size), (), generator=generator, device=device))]
 
     def resized(self, size:tuple, min_size:int|None=None) -> tuple:
         "Height and width inside the model of a photo of this height and width, rounded as torchvision does."
@@ -91,7 +91,7 @@ class Transform(nn.Module):
         resized = [_resize(self.normalize(image)[None], size, "bilinear")[0]
                    for image, size in zip(images, new_sizes)]
         padded, sizes = pad_images(resized, self.size_divisible)
-        batch = Batch(padded, tuple(padded.shape[-2:]), sizes, original_sizes, None)
+        batch = Batch(padded, tuple(padded.shape[-2:]), sizes, original_sizes, {})
         if targets is None: return batch
         return batch._replace(targets=self.resize_targets(targets, batch, new_sizes))
 
@@ -194,7 +194,7 @@ class RoIHeads(nn.Module):
         boxes:Float[Tensor, "batch n 4"],  # x1 y1 x2 y2 in pixels, padded
         valid:Tensor,                      # [batch, n], false for padding
         image_size:tuple,                  # height and width of the padded batch, in pixels
-    ) -> tuple:                            # [batch, n, classes] and [batch, n, classes, 4]
+    ) -> tuple[Tensor, Tensor]:            # [batch, n, classes] and [batch, n, classes, 4]
         "Class logits and box deltas of every box."
         def head(rois):
             roi_features = self.pool(features, rois, self.box_output_size, image_size)
@@ -292,7 +292,10 @@ class MaskRCNN(nn.Module):
         self.transform = Transform(**given("transform"))
         self.rpn = RegionProposalNetwork(backbone.out_channels, **given("rpn"))
         self.roi_heads = RoIHeads(backbone.out_channels, num_classes, **given("roi_heads"))
-        self.preset = self.classes = self.source = None  # where it comes from, if that is known
+        # where it comes from, if that is known
+        self.preset:str|None = None
+        self.classes:list|None = None
+        self.source:str|None = None
 
     @property
     def settings(self) -> dict:
@@ -366,17 +369,13 @@ class MaskRCNN(nn.Module):
                 | self.roi_heads.mask_losses(features, samples, batch))
 
     @staticmethod
-    def from_torchvision(
-        tv_model:nn.Module, # torchvision's MaskRCNN on a feature pyramid
-    ) -> "MaskRCNN":
-        "The same model with the same weights, in the same mode; see `torchvision_weights.from_torchvision`."
+    def from_torchvision(tv_model:nn.Module) -> "MaskRCNN":
+        "torchvision's model as one of ours; see `torchvision_weights.from_torchvision`."
         from maskrcnn_course import torchvision_weights
         return torchvision_weights.from_torchvision(tv_model)
 
     @staticmethod
-    def from_pretrained(
-        name:str="coco", # "coco" or "coco_v2"
-    ) -> "MaskRCNN":
+    def from_pretrained(name:str="coco") -> "MaskRCNN":
         "A model with torchvision's COCO weights; see `torchvision_weights.from_pretrained`."
         from maskrcnn_course import torchvision_weights
         return torchvision_weights.from_pretrained(name)

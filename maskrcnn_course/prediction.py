@@ -22,6 +22,7 @@ from .boxes import box_iou, clip_boxes, decode_boxes
 from .anchors import assign_targets_to_anchors
 from .mask_head import paste_masks_in_image
 from .mask_rcnn import MaskRCNN
+from .tta import MaskRCNNWithTTA
 
 # %% ../nbs/13_predict.ipynb #d26518a0
 def _to_8_bits(image:Image.Image) -> Image.Image:
@@ -76,7 +77,7 @@ def _shrink(model, image):
 # %% ../nbs/13_predict.ipynb #d3e8a7e3
 @torch.no_grad()
 def predict(
-    model:MaskRCNN,
+    model:MaskRCNN | MaskRCNNWithTTA,
     images:list,         # [3, height, width] each, uint8 or floats in 0...1, of any size
     threshold:float=0.5, # least score
 ) -> list:               # torchvision's dicts, with masks as booleans [n, 1, height, width]
@@ -102,7 +103,7 @@ def _predictions(model, photos:Iterable, batch_size:int, threshold:float) -> Ite
 
 # %% ../nbs/13_predict.ipynb #f585e837
 def predict_images(
-    model:MaskRCNN,
+    model:MaskRCNN | MaskRCNNWithTTA,
     paths:Iterable,      # photos and folders of photos
     batch_size:int=4,    # photos at a time
     threshold:float=0.5, # least score
@@ -212,7 +213,7 @@ def _frames(container) -> Iterator[tuple]:
 
 # %% ../nbs/13_predict.ipynb #e4b9c035
 def predict_video(
-    model:MaskRCNN,
+    model:MaskRCNN | MaskRCNNWithTTA,
     source:str | Path,   # any video that FFmpeg reads
     out:str | Path,      # an .mp4 file; replaced in one step if it exists
     classes:list,        # names of the classes without background
@@ -220,7 +221,7 @@ def predict_video(
     batch_size:int=4,    # frames at a time
 ) -> Path:
     "Draw what the model finds on every frame: H.264, each frame at its old time, without sound."
-    import av   # large, and only videos need it
+    import av.error   # large, and only videos need it
     out = Path(out)
     if not Path(source).is_file(): raise FileNotFoundError(f"{source}: there is no such video")
     try:

@@ -33,7 +33,7 @@ class Preset(NamedTuple):
 # lr: the learning rate of each stage's new layers
 # body_lr: the pretrained body's share of the learning rate
 # batch_size: images per step
-_LAPTOP_RECIPE = dict(
+_LAPTOP_RECIPE:dict = dict(
     epochs=dict(rpn=6, box=4, mask=4, joint=8),
     lr=dict(rpn=1e-3, box=1e-3, mask=2e-3, joint=1e-3),
     body_lr=dict(rpn=0.25, joint=0.1),

@@ -39,10 +39,9 @@ class RPNHead(nn.Module):
         self.conv = nn.Sequential(*[layer() for _ in range(conv_depth)])
         self.cls_logits = nn.Conv2d(in_channels, num_anchors, 1)
         self.bbox_pred = nn.Conv2d(in_channels, num_anchors * 4, 1)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"): nn.init.zeros_(weight)
+            else: nn.init.normal_(weight, std=0.01)
 
     def forward(self,
         features:list, # one map [batch, channels, rows, columns] per level
@@ -188,7 +187,8 @@ class RegionProposalNetwork(nn.Module):
         image_size:tuple, # height and width of the padded batch, in pixels
     ) -> RPNOutput:
         "The head's answers and the anchors they are about."
-        return RPNOutput(*self.head(features), self.anchor_generator(image_size, features))
+        objectness, deltas = self.head(features)
+        return RPNOutput(objectness, deltas, self.anchor_generator(image_size, features))
 
     @torch.no_grad()
     def filter_proposals(self,

@@ -92,7 +92,7 @@ def cutout(
     "The picture without its empty border, twice as large so that turning it loses nothing."
     image = Image.open(path).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
-    return image.resize((2 * image.width, 2 * image.height), Image.LANCZOS)
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.LANCZOS)
 
 # %% ../nbs/01_scenes.ipynb #e97b6f32
 def _pick(rng:np.random.Generator, options:list | tuple):
@@ -127,10 +127,10 @@ def prepare(
     "A cut-out as one scene shows it: flipped or not, turned, sized, recoloured."
     image = cutout(path)
     if rng.random() < .5: image = ImageOps.mirror(image)
-    image = ImageOps.scale(image, min(1, 2 * length / max(image.size)), Image.LANCZOS)
-    image = image.rotate(angle, Image.BICUBIC, expand=True)
+    image = ImageOps.scale(image, min(1, 2 * length / max(image.size)), Image.Resampling.LANCZOS)
+    image = image.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     image = image.crop(image.getchannel("A").getbbox())
-    image = ImageOps.scale(image, length / max(image.size), Image.LANCZOS)
+    image = ImageOps.scale(image, length / max(image.size), Image.Resampling.LANCZOS)
     return np.asarray(recolour(rng, image, hue), np.float32) / 255
 
 # %% ../nbs/01_scenes.ipynb #9e6d3e42
@@ -199,7 +199,7 @@ def colour(
 ) -> Float32[np.ndarray, "3"]:
     "A random colour."
     hsv = [rng.uniform(*limits) for limits in (hue, saturation, value)]
-    return np.float32(colorsys.hsv_to_rgb(*hsv))
+    return np.array(colorsys.hsv_to_rgb(*hsv), np.float32)
 
 # %% ../nbs/01_scenes.ipynb #77f50538
 def mix(
@@ -223,13 +223,13 @@ def noise(
     total = np.zeros((height, width), np.float32)
     for k in range(octaves):
         grid = rng.random((rows * 2**k + 1, columns * 2**k + 1), np.float32)
-        smooth = Image.fromarray(grid).resize((width, height), Image.BICUBIC)
+        smooth = Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC)
         total += np.asarray(smooth) / np.float32(2**k)
     return total / np.float32(2 - 2**(1 - octaves))
 
 # %% ../nbs/01_scenes.ipynb #8b65dd1c
-_WHITE = np.float32([1, 1, 1])
-_HAZE = np.float32([.75, .85, .95])
+_WHITE = np.array([1, 1, 1], np.float32)
+_HAZE = np.array([.75, .85, .95], np.float32)
 _LANDS = [  # hue; lowest and highest saturation; lowest and highest value
     (.26, (.35, .65), (.45, .8)),   # meadow
     (.3, (.35, .65), (.4, .75)),    # meadow
@@ -381,7 +381,7 @@ def background(
     shape:tuple, # height and width
 ) -> tuple:      # picture [h, w, 3] in 0…1; how far down the horizon lies, or None; the clutter that suits it
     "An empty scene."
-    y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32) / np.float32(shape)[:, None, None]
+    y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32) / np.array(shape, np.float32)[:, None, None]
     painters, shares = list(BACKGROUNDS), list(BACKGROUNDS.values())
     painter = painters[int(rng.choice(len(painters), p=shares))]
     picture, horizon = painter(rng, y, x)
@@ -471,7 +471,7 @@ def make_scene(
         n = int(generator.integers(fewest, most + 1))
         picture, labels, _, masks = _compose(generator, size, kinds, n)
         if len(labels) >= fewest:
-            return develop(generator, picture), np.int64(labels), np.stack(masks)
+            return develop(generator, picture), np.array(labels, np.int64), np.stack(masks)
     raise ValueError(f"{fewest} instances find no room in {size[0]} × {size[1]}: "
                      "ask for fewer, or a larger size")
 

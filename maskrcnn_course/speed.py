@@ -9,6 +9,8 @@ __all__ = ['FoldedConv2d', 'FoldedBatchNorm2d', 'FoldedFrozenBatchNorm2d', 'conv
 import functools
 import math
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +51,12 @@ def _pad_same(x, conv):
 
 class FoldedConv2d(nn.Conv2d):
     "A convolution that does the work of the batch norm after it, while that norm stands still."
-    def forward(self, x):
-        if self.same_padding: x = _pad_same(x, self)
+    plain:type         # of the module that this one stands for
+    norm:Any           # the batch norm in a tuple, so that its weights keep their one name; or None
+    same_padding:bool  # pads as timm's Conv2dSame does
+
+    def forward(self, input):
+        x = _pad_same(input, self) if self.same_padding else input
         norm = self.norm[0] if self.norm else None
         if norm is None or not _stands_still(norm): return self.convolve(x, self.weight, self.bias)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
@@ -65,20 +71,26 @@ class FoldedConv2d(nn.Conv2d):
 
 class FoldedBatchNorm2d(nn.BatchNorm2d):
     "A norm that has nothing to do while it stands still, but for the activation that timm's carry along."
-    def forward(self, x):
-        if not _stands_still(self): x = super().forward(x)
+    plain:type    # of the module that this one stands for
+    act:Callable  # timm's norms alone have these two
+    drop:Callable
+
+    def forward(self, input):
+        x = input if _stands_still(self) else super().forward(input)
         return self.act(self.drop(x)) if hasattr(self, "act") else x
 
 class FoldedFrozenBatchNorm2d(FrozenBatchNorm2d):
     "A norm that has nothing left to do."
+    plain:type  # of the module that this one stands for
+
     def forward(self, x): return x
 
 # %% ../nbs/11_speed.ipynb #8c7accb6
 class _Tracer(fx.Tracer):
     "Follows an input through a body; convolutions and norms are not looked into."
-    def is_leaf_module(self, module, name):
-        leaf = isinstance(module, (nn.Conv2d, nn.BatchNorm2d, FrozenBatchNorm2d))
-        return leaf or super().is_leaf_module(module, name)
+    def is_leaf_module(self, m, module_qualified_name):
+        leaf = isinstance(m, (nn.Conv2d, nn.BatchNorm2d, FrozenBatchNorm2d))
+        return leaf or super().is_leaf_module(m, module_qualified_name)
 
 def _is_known_conv(layer):
     known = type(layer) is nn.Conv2d or type(layer).__name__ == "Conv2dSame"  # timm's
@@ -97,7 +109,8 @@ def conv_norm_pairs(
     nodes = [node for node in nodes if node.op == "call_module"]
     layers, calls = dict(body.named_modules()), Counter(node.target for node in nodes)
     def is_conv(node):
-        layer = layers[node.target] if node in nodes and node.args else None
+        if node not in nodes or not node.args: return False
+        layer = layers[node.target]
         return _is_known_conv(layer) and layer.bias is None
     pairs = [(node.args[0], node) for node in nodes if _is_known_norm(layers[node.target]) and node.args]
     return [(conv.target, norm.target) for conv, norm in pairs
@@ -107,7 +120,7 @@ def _as_folded(kind, conv, norm=None):
     "A convolution as one that does the work of a norm, if there is one."
     new = _as(kind, conv)
     new.plain, new.same_padding = type(conv), type(conv).__name__ == "Conv2dSame"
-    new.norm = (norm,) if norm else None  # in a tuple: the norm's weights keep their one name
+    new.norm = (norm,) if norm else None
     return new
 
 def fold_norms(
@@ -130,7 +143,8 @@ def _weight_gradient(x, weight, grad, stride, padding):
     x, last = F.pad(x, (padding[1],) * 2), (grad.shape[3] - 1) * stride[1]
     def piece(i, w):
         seen = x[..., 3 * i:3 * i + last + w.shape[3]].contiguous(memory_format=torch.channels_last)
-        return conv2d_weight(seen, w.shape, grad, stride, (padding[0], 0), groups=len(w))
+        padded = padding[0], 0
+        return conv2d_weight(seen, w.shape, grad, stride, padded, groups=len(w))  # pyright: ignore
     return torch.cat([piece(i, w) for i, w in enumerate(weight.split(3, 3))], 3)
 
 def _image_gradient(x, weight, grad, stride, padding):
@@ -151,7 +165,8 @@ class _DepthwiseConv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, stride, padding):
         if torch.is_autocast_enabled("cpu"):
             kind = torch.get_autocast_dtype("cpu")
-            x, weight, bias = (t if t is None else t.to(kind) for t in (x, weight, bias))
+            x, weight = x.to(kind), weight.to(kind)
+            bias = bias if bias is None else bias.to(kind)
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.padding = stride, padding
         with torch.autocast("cpu", enabled=False):
@@ -159,11 +174,11 @@ class _DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # second derivatives raise an error: of copies in 16 bits they would be wrong
-    def backward(ctx, grad):
-        def bias_gradient(x, weight, grad, *_): return grad.sum((0, 2, 3))
-        kept = ctx.saved_tensors  # asked for once: checkpointing computes it anew each time
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        def bias_gradient(x, weight, grad, stride, padding): return grad.sum((0, 2, 3))
+        x, weight = ctx.saved_tensors  # asked for once: checkpointing computes them anew each time
         gradients = (_image_gradient, _weight_gradient, bias_gradient)
-        found = [gradient(*kept, grad, ctx.stride, ctx.padding) if wanted else None
+        found = [gradient(x, weight, grad, ctx.stride, ctx.padding) if wanted else None
                  for gradient, wanted in zip(gradients, ctx.needs_input_grad)]
         return *found, None, None
 
@@ -192,7 +207,7 @@ def _windows(features, cell, radius):
     "What lies around each cell, [batch, s, side, side, channels], and what of it is on the map."
     around = torch.arange(-radius, radius + 1, device=cell.device)
     image = torch.arange(len(cell), device=cell.device)[:, None, None, None]
-    first, values, inside = 0, 0, 0
+    first, values, inside = 0, features[0].new_zeros(()), cell.new_zeros(())
     for f in features:
         rows, columns = f.shape[-2:]
         at = (cell - first)[..., None, None]
@@ -213,7 +228,7 @@ def answers_in_windows(
     k = head.cls_logits.out_channels
     x, inside = (t.flatten(0, 1) for t in _windows(features, index // k, len(head.conv)))
     x = x.permute(0, 3, 1, 2)
-    for conv, relu in head.conv:
+    for conv, relu in head.conv:  # pyright: ignore[reportGeneralTypeIssues]
         inside = inside[:, 1:-1, 1:-1]
         x = relu(F.conv2d(x, conv.weight, conv.bias)) * inside[:, None]  # beyond the map's edge are zeros
     anchor = (index % k).flatten()[:, None]
@@ -232,10 +247,10 @@ class LazyRPNOutput(RPNOutput):
         with torch.no_grad(): return self.head(self.features)
 
     @property
-    def objectness(self): return self.answers[0]
+    def objectness(self): return self.answers[0]  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @property
-    def deltas(self): return self.answers[1]
+    def deltas(self): return self.answers[1]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 class FastRegionProposalNetwork(RegionProposalNetwork):
     "The losses run the head at the sampled anchors alone; gradients go through these and nothing else."
@@ -260,7 +275,8 @@ class FastRoIHeads(RoIHeads):
     project = staticmethod(project_in_parts)
 
     def masks_of(self, roi_features, labels):
-        double, predict = self.mask_predictor.conv5_mask, self.mask_predictor.mask_fcn_logits
+        double:Any = self.mask_predictor.conv5_mask
+        predict:Any = self.mask_predictor.mask_fcn_logits
         x = self.mask_head(roi_features).permute(0, 2, 3, 1)                      # k rows columns c
         x = F.linear(x, double.weight.permute(2, 3, 1, 0).flatten(0, 2), double.bias.repeat(4))
         x = F.relu(x, inplace=True).unflatten(-1, (4, -1)).flatten(1, 3)          # of every bin four cells

@@ -6,6 +6,7 @@ __all__ = ['from_torchvision', 'to_torchvision', 'from_pretrained']
 # %% ../nbs/10b_torchvision.ipynb #ec0ec627
 import copy
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torchvision
@@ -93,19 +94,20 @@ def from_torchvision(
     tv_model:nn.Module, # torchvision's MaskRCNN on a feature pyramid, like maskrcnn_resnet50_fpn or its _v2
 ) -> MaskRCNN:
     "The same model, weights and mode: same answers. ValueError for what has no counterpart here."
+    peer:Any = tv_model
     try:
-        body, settings = copy.deepcopy(tv_model.backbone.body), _settings_of(tv_model)
-        widths, norms = _widths_and_norms(tv_model.backbone.fpn)
-        num_classes = tv_model.roi_heads.box_predictor.cls_score.out_features
-        if missing := list(_without_counterpart(tv_model)):
+        body, settings = copy.deepcopy(peer.backbone.body), _settings_of(peer)
+        widths, norms = _widths_and_norms(peer.backbone.fpn)
+        num_classes = peer.roi_heads.box_predictor.cls_score.out_features
+        if missing := list(_without_counterpart(peer)):
             raise ValueError(f"this torchvision model has {' and '.join(missing)}; ours cannot")
     except (AttributeError, TypeError, IndexError) as e:
         raise ValueError(f"this is not a torchvision Mask R-CNN such as maskrcnn_resnet50_fpn: {e}") from e
     body = Body(body, list(body.return_layers)) if hasattr(body, "return_layers") else body
     # only a model that went there from here has it
-    frozen_norm = getattr(tv_model.backbone, "frozen_norm", False)
+    frozen_norm = getattr(peer.backbone, "frozen_norm", False)
     model = MaskRCNN(
-        Backbone(body, widths, tv_model.backbone.out_channels, *norms[:1], frozen_norm=frozen_norm),
+        Backbone(body, widths, peer.backbone.out_channels, *norms[:1], frozen_norm=frozen_norm),
         num_classes,
         **settings)
     _check_weights(model.state_dict(), tv_model.state_dict())
@@ -159,14 +161,14 @@ def to_torchvision(
     "torchvision's Mask R-CNN with a copy of the same weights and the same settings, in the same mode."
     from torchvision.models.detection import MaskRCNN as Peer
     from maskrcnn_course.speed import slow_down
-    model = slow_down(copy.deepcopy(model))
-    settings = {name: value for name, value in model.settings.items() if name not in _OF_PARTS}
-    settings.update(image_mean=list(model.transform.image_mean), image_std=list(model.transform.image_std))
-    peer = Peer(_TorchvisionBackbone(model.backbone), **_torchvision_parts(model), **settings)
-    peer.to(model.rpn.head.cls_logits.weight).load_state_dict(model.state_dict())
-    for name, weight in model.named_parameters():
+    plain:Any = slow_down(copy.deepcopy(model))
+    settings = {name: value for name, value in plain.settings.items() if name not in _OF_PARTS}
+    settings.update(image_mean=list(plain.transform.image_mean), image_std=list(plain.transform.image_std))
+    peer = Peer(_TorchvisionBackbone(plain.backbone), **_torchvision_parts(plain), **settings)
+    peer.to(plain.rpn.head.cls_logits.weight).load_state_dict(plain.state_dict())
+    for name, weight in plain.named_parameters():
         peer.get_parameter(name).requires_grad_(weight.requires_grad)
-    return peer.train(model.training)
+    return peer.train(plain.training)
 
 # %% ../nbs/10b_torchvision.ipynb #0e473431
 def from_pretrained(
@@ -175,7 +177,7 @@ def from_pretrained(
     "A COCO model in eval mode; `classes`: the names of labels 1 to 90, `source`: the file's address."
     peers = {"coco": "maskrcnn_resnet50_fpn", "coco_v2": "maskrcnn_resnet50_fpn_v2"}
     if name not in peers: raise ValueError(f"no weights called {name!r}; there are {sorted(peers)}")
-    weights = torchvision.models.get_model_weights(peers[name]).DEFAULT
+    weights = torchvision.models.get_model_weights(peers[name])["DEFAULT"]
     try: peer = torchvision.models.get_model(peers[name], weights=weights)
     except (OSError, RuntimeError) as e:
         raise OSError(

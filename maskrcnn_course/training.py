@@ -25,6 +25,7 @@ from .features import cache_features
 from .anchors import assign_targets_to_anchors
 from .evaluation import evaluate, proposal_recall, results_from_predictions, rpn_accuracy
 from .mask_rcnn import Batch, MaskRCNN
+from .tta import MaskRCNNWithTTA
 from .presets import build_model, find_preset, load_model, save_model
 
 # %% ../nbs/12_training.ipynb #632ae370
@@ -208,7 +209,7 @@ def train_stage(
                 epoch=epoch,
                 seconds=time.time() - start,
                 val=mean_losses(stage, val_batches),
-                train={k: v.item() / len(train_batches) for k, v in sums.items()},
+                train={k: float(v) / len(train_batches) for k, v in sums.items()},
             ))
             if on_epoch: on_epoch(history)
     return history
@@ -242,7 +243,7 @@ def plot_history(
 # %% ../nbs/12_training.ipynb #14ec3ebc
 @torch.no_grad()
 def evaluate_model(
-    model:MaskRCNN,
+    model:MaskRCNN|MaskRCNNWithTTA,
     dataset:InstanceDataset,
     batch_size:int=8,      # images per step
     workers:int=0,         # processes that read and decode

@@ -110,7 +110,7 @@ class MaskRCNNWithTTA(nn.Module):
         deltas = join([o.deltas for o in outputs], 1)
         return RPNOutput(objectness, deltas, join(anchors, 0))
 
-    def predict_boxes(self, views:list, proposals:Proposals) -> tuple:
+    def predict_boxes(self, views:list, proposals:Proposals) -> tuple[Tensor, Tensor]:
         "Logarithms of the mean probabilities (of one view, its logits), and the mean deltas."
         probabilities, deltas = [], []
         for view in views:
@@ -120,7 +120,7 @@ class MaskRCNNWithTTA(nn.Module):
             probabilities.append(logits.softmax(-1))
             if view.mirrored: moves = torch.cat([-moves[..., :1], moves[..., 1:]], -1)  # right is left there
             deltas.append(moves)
-        return (sum(probabilities) / len(views)).log(), sum(deltas) / len(views)
+        return torch.stack(probabilities).mean(0).log(), torch.stack(deltas).mean(0)
 
     def predict_masks(self, views:list, boxes:Tensor, labels:Tensor, valid:Tensor) -> Tensor:
         "The mean of the mask logits, [batch, n, m, m]."
@@ -129,7 +129,7 @@ class MaskRCNNWithTTA(nn.Module):
             seen = self.model.roi_heads.predict_masks(
                 view.features, view.place(boxes), labels, valid, view.image_size)
             logits.append(seen.flip(-1) if view.mirrored else seen)
-        return sum(logits) / len(views)
+        return torch.stack(logits).mean(0)
 
     def refine(self, views:list, detections:Detections, batch:Batch) -> Detections:
         "Detections whose edges are moved towards those of their masks, found in a window with some room."

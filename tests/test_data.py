@@ -262,7 +262,7 @@ def test_pickle_leaves_the_open_file(path):
     data = InstanceDataset(path)
     data[3]
     copy = pickle.loads(pickle.dumps(data))
-    assert copy._opened is None and data._opened is not None and torch.equal(copy[3][0], data[3][0])
+    assert not copy._opened and data._opened and torch.equal(copy[3][0], data[3][0])
 
 
 def test_decode_refuses_what_does_not_fill_the_image():
