@@ -208,12 +208,13 @@ def train_(args:argparse.Namespace) -> None:
     from maskrcnn_course.training import evaluate_model, train
     start = time.time()
     data = Path(args.data)
-    if args.data == _SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
     out = Path(args.out or f"runs/{data.stem}")
+    if args.resume: data = Path(_data_of(out))
+    if args.data == _SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
     history = train(
         data, out, tuple(args.stages), args.preset, _epochs(args.epochs), args.batch_size, args.lr, args.seed,
         not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say,
-        tuple(args.augment), args.looks, args.start)
+        tuple(args.augment), args.looks, args.start, args.resume, args.checkpoint_minutes)
     seconds = time.time() - start
     model, classes, _ = _load(out)
     dataset = InstanceDataset(data, "val")
@@ -417,13 +418,18 @@ _COMMANDS = {  # words of the command: its function, an example, its options
                 help="changes of the training images: flip, colour, shrink, crop, paste (%(default)s)"),
         _option("--looks", type=int, default=2, help="that the frozen stages take at every training image, "
                 "each changed anew (%(default)s)"),
-        _option("--start", metavar="RUN", help="folder of a run whose weights to begin with"),
+        _option("--start", metavar="WEIGHTS", help="to begin with: a run, a .safetensors file, "
+                "or torchvision's coco or coco_v2; classes may differ"),
         _option("--no-pretrained", action="store_true",
                 help="begin with random weights, not with ImageNet's"),
         _option("--workers", type=int, default=0, help="processes that read images (%(default)s)"),
         _option("--mixed-precision", default="auto", help="no, bf16, fp16, or auto: bf16 where the device "
                 "has instructions for it (%(default)s)"),
-        _option("--overwrite", action="store_true", help="train stages again that the folder has")]),
+        _option("--overwrite", action="store_true", help="train stages again that the folder has"),
+        _option("--resume", action="store_true",
+                help="go on with the training in --out that was stopped, with its own settings"),
+        _option("--checkpoint-minutes", type=float, default=10., metavar="N",
+                help="between checkpoints; there is one after every epoch, too (%(default)s)")]),
     "evaluate": (evaluate_, "runs/scenes data/scenes.h5", [
         _option("what", nargs="+", metavar="RUN DATA",
                 help=f"{_RUN}, and HDF5 file (the one of the run); with --results only the latter"),

@@ -6,12 +6,13 @@ __all__ = ['FeatureCache', 'cache_features']
 # %% ../nbs/11d_features.ipynb #ae1703e6
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from .mask_rcnn import Batch, MaskRCNN
-from .augment import AUGMENT, data_loader
+from .augment import AUGMENT, EpochBatches, data_loader
 
 # %% ../nbs/11d_features.ipynb #4e7c922c
 class FeatureCache:
@@ -21,6 +22,7 @@ class FeatureCache:
         model:MaskRCNN,       # with a trained RPN
         loader:DataLoader,    # of (images, targets)
         gigabytes:float=20.0, # of disk to use at most
+        seed:int=0,           # of the order of what is kept
     ):
         self.model, self.loader, self.file, self.kept = model, loader, tempfile.TemporaryFile(), []
         size = self.keep(self.look(next(iter(loader))))
@@ -28,6 +30,7 @@ class FeatureCache:
         self.file.seek(0)
         for inputs in tqdm(loader, "frozen stages", leave=False, disable=None) if fits else ():
             self.keep(self.look(inputs))
+        self.batch_sampler:Any = EpochBatches(len(self.kept), 1, seed) if fits else loader.batch_sampler
 
     @torch.no_grad()
     def look(self, inputs:tuple) -> tuple:
@@ -77,7 +80,8 @@ class FeatureCache:
 
     def __iter__(self):
         if not self.kept: yield from map(self.look, self.loader)
-        for i in torch.randperm(len(self.kept)).tolist(): yield self.read(*self.kept[i])
+        else:
+            for (_, i), in self.batch_sampler: yield self.read(*self.kept[i])
 
 # %% ../nbs/11d_features.ipynb #dce860b8
 def cache_features(
@@ -91,7 +95,7 @@ def cache_features(
 ) -> tuple[FeatureCache, FeatureCache]:
     """The frozen stages' results for all training images, half of the looks mirrored,
     and for all validation images."""
-    torch.manual_seed(seed)
     mirrored = tuple(float(i % 2) for i in range(looks))
-    return (FeatureCache(model, data_loader(data, "train", batch_size, seed, workers, augment, mirrored)),
-            FeatureCache(model, data_loader(data, "val", batch_size, seed, workers)))
+    train = data_loader(data, "train", batch_size, seed, workers, augment, mirrored)
+    val = data_loader(data, "val", batch_size, seed, workers)
+    return FeatureCache(model, train, seed=seed), FeatureCache(model, val)

@@ -8,11 +8,11 @@ __all__ = ['FoldedConv2d', 'FoldedBatchNorm2d', 'FoldedFrozenBatchNorm2d', 'conv
 # %% ../nbs/11_speed.ipynb #5db8d366
 import functools
 import math
+import mmap
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 from torchvision.ops.misc import FrozenBatchNorm2d
 from .boxes import batched_gather
-from .rpn import RegionProposalNetwork, RPNHead, RPNOutput, permute_and_flatten
+from .rpn import RegionProposalNetwork, RPNHead, RPNOutput
 from .mask_head import paste_masks_in_image, pasting_weights, project_masks_on_boxes
 from .mask_rcnn import MaskRCNN, RoIHeads, Transform
 from .kernels import nms_mask_by_kernel
@@ -231,9 +231,11 @@ def answers_in_windows(
     for conv, relu in head.conv:  # pyright: ignore[reportGeneralTypeIssues]
         inside = inside[:, 1:-1, 1:-1]
         x = relu(F.conv2d(x, conv.weight, conv.bias)) * inside[:, None]  # beyond the map's edge are zeros
+    hidden = x.flatten(1)  # one cell is left of each window: a 1x1 convolution of it is a matrix product
+    def answer(layer): return F.linear(hidden, layer.weight.flatten(1), layer.bias).view(len(hidden), k, -1)
     anchor = (index % k).flatten()[:, None]
-    objectness = batched_gather(permute_and_flatten(head.cls_logits(x), 1), anchor)
-    deltas = batched_gather(permute_and_flatten(head.bbox_pred(x), 4), anchor)
+    objectness = batched_gather(answer(head.cls_logits), anchor)
+    deltas = batched_gather(answer(head.bbox_pred), anchor)
     return objectness.view(index.shape), deltas.view(*index.shape, 4)
 
 # %% ../nbs/11_speed.ipynb #4c654736
@@ -287,12 +289,17 @@ class FastRoIHeads(RoIHeads):
         return x.transpose(2, 3).reshape(-1, 2 * rows, 2 * columns)
 
 # %% ../nbs/11_speed.ipynb #82743b40
+def _untouched_zeros(shape, dtype):
+    "Zeros on a CPU that take up memory, in pages of 4 KB, only where something is written."
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
 def paste_in_boxes(masks:Tensor, boxes:Tensor, size:tuple) -> Tensor:
     "`paste_masks_in_image`; on a CPU only inside the boxes, in memory that is not touched elsewhere."
-    if masks.device.type != "cpu" or masks.dtype == torch.bfloat16 or masks.requires_grad:
+    if masks.device.type != "cpu" or masks.requires_grad or not len(masks):
         return paste_masks_in_image(masks, boxes, size)
     rows, masks, columns, reached = pasting_weights(masks, boxes, size)
-    out = torch.from_numpy(np.zeros((len(masks), *size), dtype=str(masks.dtype).removeprefix("torch.")))
+    out = _untouched_zeros((len(masks), *size), masks.dtype)
     for i, (x1, y1, x2, y2) in enumerate(reached.clamp(min=0).long().tolist()):
         out[i, y1:y2, x1:x2] = rows[i, y1:y2] @ masks[i] @ columns[i, x1:x2].mT
     return out

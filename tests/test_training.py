@@ -5,9 +5,11 @@ Also other precisions and worker processes.
 import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 
+import h5py
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,7 @@ from maskrcnn_course.mask_rcnn import MaskRCNN
 from maskrcnn_course.presets import PRESETS, build_model, load_model
 from maskrcnn_course.speed import speed_up
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.augment import augmentation, copy_paste
+from maskrcnn_course.augment import augmentation, copy_paste, data_loader
 from maskrcnn_course.features import FeatureCache
 from maskrcnn_course.training import Stage, class_maps, mean_losses, train, train_stage
 
@@ -271,3 +273,57 @@ def test_validation_moves_no_statistic_and_draws_no_size(scenes):
     first, second = mean_losses(stage, loader), mean_losses(stage, loader)
     assert first == second and stage.training
     for name, value in model.state_dict().items(): assert torch.equal(value, before[name]), name
+
+
+def with_classes(path, names, out):
+    "A copy of a data set whose classes have other names."
+    shutil.copy(path, out)
+    with h5py.File(out, "a") as f: f.attrs["classes"] = json.dumps(names)
+    return out
+
+
+@pytest.mark.parametrize("start", ["run", "run/model.safetensors"])
+def test_fine_tuning_takes_over_all_but_the_classes_that_are_new(scenes, tmp_path, start, capsys):
+    train(scenes, tmp_path / "run", ("joint",), "tiny", dict(joint=1))
+    others = with_classes(scenes, ["person", "tree", "animal"], tmp_path / "others.h5")
+    train(others, tmp_path / "tuned", ("joint",), "tiny", dict(joint=1), lr=1e-12, start=tmp_path / start)
+    assert "only the last layers of tree begin anew" in capsys.readouterr().out
+    old, new = (load_model(tmp_path / run / "model.safetensors")[0].state_dict() for run in ("run", "tuned"))
+    last = [name for name in new if "predictor" in name and "conv5" not in name]
+    for name in new.keys() - set(last): torch.testing.assert_close(new[name], old[name], rtol=0, atol=1e-6)
+    for name in last:  # old classes: background, vehicle, person, animal
+        was, now = (weights[name].unflatten(0, (4, -1)) for weights in (old, new))
+        torch.testing.assert_close(now[[0, 1, 3]], was[[0, 2, 3]], rtol=0, atol=1e-6)
+        if "weight" in name: assert not torch.allclose(now[2], was[1], atol=1e-4)
+    settings = json.loads((tmp_path / "tuned/settings.json").read_text())
+    assert settings["classes"] == ["person", "tree", "animal"]
+
+
+def test_fine_tuning_from_torchvisions_weights(scenes, tmp_path, monkeypatch, capsys):
+    "Their file is not here, so a model of the right classes stands in for what the network would bring."
+    old = build_model("tiny", num_classes=3)
+    old.classes = ["person", "car"]
+    monkeypatch.setattr(MaskRCNN, "from_pretrained", staticmethod(lambda name: old))
+    train(scenes, tmp_path / "run", ("joint",), "tiny", dict(joint=1), lr=1e-12, start="coco")
+    assert "only the last layers of vehicle, animal begin anew" in capsys.readouterr().out
+    new = load_model(tmp_path / "run/model.safetensors")[0].state_dict()
+    weights = old.state_dict()
+    for name, rows in (("roi_heads.box_predictor.cls_score.weight", 1), ("rpn.head.conv.0.0.weight", None)):
+        if rows is None: torch.testing.assert_close(new[name], weights[name], rtol=0, atol=1e-6)
+        else: torch.testing.assert_close(new[name][[0, 2]], weights[name][[0, 1]], rtol=0, atol=1e-6)
+
+
+def test_batches_do_not_depend_on_worker_processes_or_on_what_was_drawn_before(scenes):
+    def epoch(workers, number):
+        loader = data_loader(scenes, "train", 4, seed=3, workers=workers, augment=ALL)
+        loader.batch_sampler.set_epoch(number)
+        return list(loader)
+    one = epoch(0, 5)
+    torch.rand(17)
+    for again in (epoch(0, 5), epoch(2, 5)):
+        for (images, targets), (images_, targets_) in zip(one, again, strict=True):
+            assert all(map(torch.equal, images, images_))
+            for a, b in zip(targets, targets_):
+                assert a.keys() == b.keys() and torch.equal(a["masks"], b["masks"])
+    orders = [[t["image_id"] for _, targets in batches for t in targets] for batches in (one, epoch(0, 6))]
+    assert orders[0] != orders[1]
