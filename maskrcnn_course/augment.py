@@ -89,12 +89,13 @@ def seed_of(
 class EpochBatches(Sampler):
     "Batches of (epoch, index): each epoch has an order of its own, the same whenever it is asked for."
     def __init__(self,
-        n:int,             # examples
-        batch_size:int,    # examples per step
-        seed:int=0,        # of the order
-        shuffle:bool=True,
+        n:int,               # examples
+        batch_size:int,      # examples per step, those of all processes together
+        seed:int=0,          # of the order
+        shuffle:bool=True,   # for training; otherwise the examples come in order, and no batch is divided
+        share:tuple=(0, 1),  # number of this process, and how many there are
     ):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.n, self.batch_size, self.seed, self.shuffle, self.share = n, batch_size, seed, shuffle, share
         self.set_epoch(0)
 
     def set_epoch(self,
@@ -104,13 +105,19 @@ class EpochBatches(Sampler):
         "Choose the epoch of the next pass."
         self.epoch, self.start = epoch, start
 
-    def __len__(self): return -(-self.n // self.batch_size)
+    def batches(self) -> list:
+        "The indices of this process's share of every batch of the epoch."
+        first, step = self.share
+        if not self.shuffle: return list(torch.arange(self.n).split(self.batch_size))[first::step]
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
+        whole = torch.randperm(self.n, generator=generator).split(self.batch_size)
+        # what is left over, fewer images than processes, waits for another epoch
+        return [batch[:len(batch) // step * step][first::step] for batch in whole if len(batch) >= step]
+
+    def __len__(self): return len(self.batches())
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order = torch.randperm(self.n, generator=generator) if self.shuffle else torch.arange(self.n)
-        for batch in order.split(self.batch_size)[self.start:]:
-            yield [(self.epoch, i) for i in batch.tolist()]
+        for batch in self.batches()[self.start:]: yield [(self.epoch, i) for i in batch.tolist()]
 
 
 # %% ../nbs/11c_augment.ipynb #eeceef37
@@ -141,6 +148,7 @@ def data_loader(
     workers:int=0,         # processes that read and decode
     augment:tuple=AUGMENT, # names of `augmentation` and "paste"
     mirrored:tuple=(0.5,), # the training images are taken once for each of these shares of mirrored ones
+    share:tuple=(0, 1),    # number of this process, and how many train together
 ) -> DataLoader:           # of (images, targets)
     """Batches of one part of a data set: training images shuffled and changed, validation images as they are.
 
@@ -150,7 +158,8 @@ def data_loader(
     changes = [augmentation(augment, share) for share in mirrored] if train else [None]
     dataset = ConcatDataset([InstanceDataset(data, split, change) for change in changes])
     return DataLoader(
-        SeededDataset(dataset, seed), batch_sampler=EpochBatches(len(dataset), batch_size, seed, train),
+        SeededDataset(dataset, seed),
+        batch_sampler=EpochBatches(len(dataset), batch_size, seed, train, share),
         collate_fn=_collate_pasted if train and "paste" in augment else collate,
         num_workers=workers, persistent_workers=workers > 0)
 

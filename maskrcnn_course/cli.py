@@ -205,12 +205,13 @@ def train_(args:argparse.Namespace) -> None:
     from maskrcnn_course.data import InstanceDataset
     from maskrcnn_course.prediction import write_results
     from maskrcnn_course.report import metrics_table, write_report
-    from maskrcnn_course.training import evaluate_model, train
+    from maskrcnn_course.training import evaluate_model, processes, train
     start = time.time()
     data = Path(args.data)
     out = Path(args.out or f"runs/{data.stem}")
     if args.resume: data = Path(_data_of(out))
-    if args.data == _SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
+    with processes().local_main_process_first():
+        if args.data == _SCENES and not data.exists(): scenes(_parser().parse_args(["scenes"]))
     history = train(
         data, out, tuple(args.stages), args.preset, _epochs(args.epochs), args.batch_size, args.lr, args.seed,
         not args.no_pretrained, args.workers, args.mixed_precision, args.overwrite, _say,
@@ -219,6 +220,7 @@ def train_(args:argparse.Namespace) -> None:
     model, classes, _ = _load(out)
     dataset = InstanceDataset(data, "val")
     metrics, _ = evaluate_model(_detector(model), dataset, workers=args.workers)
+    if not processes().is_main_process: return
     metrics |= dict(seconds=seconds, machine=_machine())
     write_results(out / "metrics.json", metrics)
     report = write_report(out, model, dataset, classes, history, metrics)

@@ -23,14 +23,17 @@ class FeatureCache:
         loader:DataLoader,    # of (images, targets)
         gigabytes:float=20.0, # of disk to use at most
         seed:int=0,           # of the order of what is kept
+        shuffle:bool=True,    # false: in the order of the loader
     ):
         self.model, self.loader, self.file, self.kept = model, loader, tempfile.TemporaryFile(), []
-        size = self.keep(self.look(next(iter(loader))))
+        first = next(iter(loader), None)  # none: fewer batches than processes
+        size = self.keep(self.look(first)) if first else 0
         fits, self.kept = size * len(loader) <= gigabytes * 1e9, []
         self.file.seek(0)
         for inputs in tqdm(loader, "frozen stages", leave=False, disable=None) if fits else ():
             self.keep(self.look(inputs))
-        self.batch_sampler:Any = EpochBatches(len(self.kept), 1, seed) if fits else loader.batch_sampler
+        self.batch_sampler:Any = loader.batch_sampler
+        if fits: self.batch_sampler = EpochBatches(len(self.kept), 1, seed, shuffle)
 
     @torch.no_grad()
     def look(self, inputs:tuple) -> tuple:
@@ -92,10 +95,11 @@ def cache_features(
     workers:int=0,         # processes that read and decode
     augment:tuple=AUGMENT, # names of `augmentation`
     looks:int=2,           # at every training image, each changed anew
+    share:tuple=(0, 1),    # number of this process, and how many train together: each keeps its part
 ) -> tuple[FeatureCache, FeatureCache]:
     """The frozen stages' results for all training images, half of the looks mirrored,
     and for all validation images."""
     mirrored = tuple(float(i % 2) for i in range(looks))
-    train = data_loader(data, "train", batch_size, seed, workers, augment, mirrored)
-    val = data_loader(data, "val", batch_size, seed, workers)
-    return FeatureCache(model, train, seed=seed), FeatureCache(model, val)
+    train = data_loader(data, "train", batch_size, seed, workers, augment, mirrored, share)
+    val = data_loader(data, "val", batch_size, seed, workers, share=share)
+    return FeatureCache(model, train, seed=seed), FeatureCache(model, val, shuffle=False)
