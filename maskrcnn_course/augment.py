@@ -95,6 +95,9 @@ class EpochBatches(Sampler):
         shuffle:bool=True,   # for training; otherwise the examples come in order, and no batch is divided
         share:tuple=(0, 1),  # number of this process, and how many there are
     ):
+        if shuffle and batch_size < share[1]:
+            raise ValueError(f"{batch_size} images per step are too few for {share[1]} processes: "
+                             "give each at least one (--batch-size)")
         self.n, self.batch_size, self.seed, self.shuffle, self.share = n, batch_size, seed, shuffle, share
         self.set_epoch(0)
 
@@ -108,13 +111,17 @@ class EpochBatches(Sampler):
     def batches(self) -> list:
         "The indices of this process's share of every batch of the epoch."
         first, step = self.share
+        if not self.n: return []
         if not self.shuffle: return list(torch.arange(self.n).split(self.batch_size))[first::step]
         generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
         whole = torch.randperm(self.n, generator=generator).split(self.batch_size)
         # what is left over, fewer images than processes, waits for another epoch
         return [batch[:len(batch) // step * step][first::step] for batch in whole if len(batch) >= step]
 
-    def __len__(self): return len(self.batches())
+    def __len__(self):
+        first, step = self.share
+        whole, left = divmod(self.n, self.batch_size)
+        return whole + (left >= step) if self.shuffle else len(range(first, whole + (left > 0), step))
 
     def __iter__(self):
         for batch in self.batches()[self.start:]: yield [(self.epoch, i) for i in batch.tolist()]

@@ -202,10 +202,11 @@ def _data_of(run:str | Path) -> str:
 def train_(args:argparse.Namespace) -> None:
     "Train the stages one after the other, evaluate, and write a report."
     import time
+    from maskrcnn_course.checkpoints import processes
     from maskrcnn_course.data import InstanceDataset
     from maskrcnn_course.prediction import write_results
     from maskrcnn_course.report import metrics_table, write_report
-    from maskrcnn_course.training import evaluate_model, processes, train
+    from maskrcnn_course.training import evaluate_model, train
     start = time.time()
     data = Path(args.data)
     out = Path(args.out or f"runs/{data.stem}")

@@ -19,7 +19,7 @@ import sys, json, torch
 from pathlib import Path
 from maskrcnn_course import training
 from maskrcnn_course.data import InstanceDataset
-from maskrcnn_course.training import processes
+from maskrcnn_course.checkpoints import processes
 torch.set_num_threads(1)
 data, out, stages = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split(","))
 build = training.build_model

@@ -4,21 +4,23 @@ Each attempt is a process of its own, forked from one that has imported everythi
 into a test.
 """
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from maskrcnn_course.checkpoints import read_checkpoint
 from maskrcnn_course.presets import load_model
 from maskrcnn_course.scenes import write_scenes
-from maskrcnn_course.training import read_checkpoint, train
+from maskrcnn_course.training import train
 
 ATTEMPTS = """
 import json, os, random, signal, sys, time, traceback
 from pathlib import Path
 import torch
-from maskrcnn_course import training
+from maskrcnn_course import checkpoints, training
 
 data, folder, stages, how, kills = *sys.argv[1:5], int(sys.argv[5])
 stages, choose = tuple(stages.split(",")), random.Random(how)
@@ -31,7 +33,7 @@ def half_a_file(tensors, path, about):
     Path(path).write_bytes(data[:len(data) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
-whole = training.save_file
+whole = checkpoints.save_file
 
 def attempt(out, resume, stop=None, number=signal.SIGKILL, at_write=None):
     "Train in a process of its own, and stop it after so many seconds; returns whether it came to the end."
@@ -41,7 +43,7 @@ def attempt(out, resume, stop=None, number=signal.SIGKILL, at_write=None):
             torch.set_num_threads(1)
             if at_write is not None:
                 writes = iter([whole] * at_write + [half_a_file])
-                training.save_file = lambda *args: next(writes)(*args)
+                checkpoints.save_file = lambda *args: next(writes)(*args)
             training.train(data, out, stages, "tiny", epochs, batch_size=4, mixed_precision="no",
                            augment=("flip", "colour", "crop", "paste"), resume=resume,
                            checkpoint_minutes=0.001)
@@ -146,6 +148,8 @@ def test_only_the_data_it_began_with(data, stopped, tmp_path):
 def test_losses_that_are_not_finite_end_the_training(data, tmp_path):
     "One line says what and where, and no checkpoint holds weights that are no numbers."
     with pytest.raises(ValueError, match="stage rpn, epoch .* not finite; choose a lower learning rate"):
-        train(data, tmp_path / "run", ("rpn",), "tiny", dict(rpn=30), lr=1e20, mixed_precision="no")
-    begun = read_checkpoint(tmp_path / "run/checkpoint.safetensors")
-    assert begun is None or all(value.isfinite().all() for value in begun[1].values())
+        train(data, tmp_path / "run", ("rpn",), "tiny", dict(rpn=30), lr=1e20, mixed_precision="no",
+              checkpoint_minutes=0.)  # after every step
+    about, tensors = read_checkpoint(tmp_path / "run/checkpoint.safetensors")
+    assert about["step"] >= 1 and all(map(math.isfinite, about["sums"].values()))
+    assert all(tensors[name].isfinite().all() for name in tensors if name.startswith("module."))
