@@ -10,6 +10,12 @@ Results are written to benchmarks/results/.
     python benchmarks/vs_torchvision.py paste evaluation     # cases whose names contain one of these words
     python benchmarks/vs_torchvision.py --list
 
+A newer processor stands in for one with AVX2 alone, on one thread:
+
+    ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=1 \\
+        python benchmarks/vs_torchvision.py "300x400 batch 1 float32" \\
+        --out benchmarks/results/vs_torchvision_avx2.json
+
 All of them take more than an hour and about 10 GB of memory; a batch of eight photos of 800x1333 needs the
 most of both. The cases on a GPU are run by benchmarks/gpu.sh.
 """
@@ -473,6 +479,7 @@ def machine():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
+    if held := os.environ.get("ATEN_CPU_CAPABILITY"): cpu += f", held to {held.upper()}"
     about = dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                  torchvision=torchvision.__version__)
     return about | ({"gpu": torch.cuda.get_device_name(), "driver": driver()}

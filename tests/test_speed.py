@@ -24,7 +24,8 @@ from maskrcnn_course.rpn import RegionProposalNetwork, RPNHead
 from maskrcnn_course.speed import (
     DepthwiseConv2d, FastRegionProposalNetwork, FastRoIHeads, FastTransform, FoldedBatchNorm2d,
     FoldedConv2d, FoldedFrozenBatchNorm2d, _as, answers_in_windows, conv_norm_pairs, fold_norms,
-    paste_in_boxes, project_in_parts, slow_down, speed_up, speed_up_depthwise)
+    paste_in_boxes, project_in_parts, slow_down, speed_up, speed_up_depthwise, speed_up_wide_convs)
+from maskrcnn_course.winograd import WinogradConv2d
 
 
 def classes(model): return [(name, type(m)) for name, m in model.named_modules()]
@@ -433,7 +434,8 @@ def small_laptop():
     return build_model("laptop", fast=False, min_size=96, max_size=128, box_detections_per_img=20)
 
 
-MODELS = dict(tiny=lambda: build_model("tiny", fast=False), laptop=small_laptop, small_v2=small_v2)
+MODELS = dict(tiny=lambda: build_model("tiny", fast=False), laptop=small_laptop, small_v2=small_v2,
+              laptop_avx2=small_laptop)
 
 
 def scenes(dtype=torch.float64):
@@ -457,9 +459,15 @@ def trained_losses(model, train=True):
     return losses | dict(zip(weights, torch.autograd.grad(sum(losses.values()), list(weights.values()))))
 
 
+def pretend(monkeypatch, capability):
+    "That the processor has these instructions, whatever it has."
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+
 @pytest.fixture(params=list(MODELS))
-def pair(request):
+def pair(request, monkeypatch):
     "A model in float64 with weights of all sizes, plain and fast."
+    pretend(monkeypatch, "AVX2" if request.param.endswith("avx2") else "AVX512")
     torch.manual_seed(0)
     plain = MODELS[request.param]().double()
     head, heads = plain.rpn.head, plain.roi_heads
@@ -503,6 +511,9 @@ def test_names_stay_and_what_is_undone_is_as_before(pair):
     assert list(fast.state_dict()) == list(plain.state_dict())
     assert type(fast.transform) is FastTransform and type(fast.rpn) is FastRegionProposalNetwork
     assert type(fast.rpn) is FastRegionProposalNetwork and type(fast.roi_heads) is FastRoIHeads
+    wide = {n.split(".")[0] for n, m in fast.named_modules() if type(m) is WinogradConv2d}
+    has_avx2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    assert wide == ({"backbone", "rpn", "roi_heads"} if has_avx2 else set())
     assert "FastRegionProposalNetwork" in repr(fast) and fast.settings == plain.settings
     assert speed_up(fast) is fast and classes(fast) == classes(before)            # twice is once
     kept = [id(t) for t in [*fast.parameters(), *fast.buffers()]]
@@ -512,6 +523,23 @@ def test_names_stay_and_what_is_undone_is_as_before(pair):
         assert set(vars(module)) == set(vars(other)), name  # no attribute is left behind
     assert classes(slow_down(fast)) == classes(plain)                             # and twice is once
     assert classes(speed_up(fast)) == classes(before)
+
+
+def test_only_wide_convolutions_and_only_with_avx2_multiply_less(monkeypatch):
+    fits = nn.Conv2d(128, 160, 3, padding=1, bias=False)
+    others = [nn.Conv2d(128, 160, 3, **options) for options in (
+        dict(), dict(padding=1, stride=2), dict(padding=1, groups=2), dict(padding=2, dilation=2),
+        dict(padding=1, padding_mode="reflect"), dict(padding="same"))]
+    layers = nn.Sequential(fits, *others, nn.Conv2d(64, 160, 3, padding=1), nn.Conv2d(128, 160, 1))
+    plain = classes(layers)
+    pretend(monkeypatch, "AVX512")
+    assert classes(speed_up_wide_convs(layers)) == plain
+    pretend(monkeypatch, "AVX2")
+    names, x = list(layers.state_dict()), torch.randn(2, 128, 5, 6)
+    assert classes(speed_up_wide_convs(layers)) == plain[:1] + [("0", WinogradConv2d)] + plain[2:]
+    assert_close(layers[0](x), fits(x), rtol=1e-4, atol=1e-4)
+    assert layers[0].weight is fits.weight and list(layers.state_dict()) == names
+    assert classes(slow_down(layers)) == plain and set(vars(layers[0])) == set(vars(fits))
 
 
 def test_no_object_changes_its_class():
