@@ -13,7 +13,7 @@ course: $(READY)
 
 test: $(READY)
 	$(BIN)/nbdev_test --path nbs --n_workers 2
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 export: $(READY)
 	$(BIN)/nbdev_export

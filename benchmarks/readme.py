@@ -59,7 +59,20 @@ def section():
         "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
         "| what | core-minutes | processor | RPN accuracy | box AP | box AP50 | vehicle / person / animal "
         "| mask AP | mask AP50 |",
-        "|---|---|---|---|---|---|---|---|---|", *rows, photos(), END])
+        "|---|---|---|---|---|---|---|---|---|", *rows, *how_long(), photos(), END])
+
+
+def how_long():
+    "What the default training will take on the machines where benchmarks/minutes.py ran."
+    path = ROOT / "benchmarks/results/minutes.json"
+    if not path.is_file(): return []
+    kinds = {"bf16": "bfloat16", "no": "float32"}
+    def say(r):
+        kind, m = kinds[r["mixed_precision"]], r["machine"]
+        return f"{r['minutes']:.0f} minutes in {kind} on {m['threads']} cores of {m['cpu']}"
+    said = "; ".join(say(r) for r in json.loads(path.read_text()).values())
+    return ["", "How long the default training takes is worked out from timed steps "
+            f"(`python benchmarks/minutes.py`): {said}."]
 
 
 def photos():
@@ -87,10 +100,11 @@ def photos():
 def speed():
     "The tables of every comparison, one for each machine."
     machines = {}
-    for name, r in read("vs_torchvision").items():
-        machines.setdefault(json.dumps(r["machine"]), {})[name] = r
+    for path in sorted((ROOT / "benchmarks/results").glob("vs_torchvision*.json")):
+        for name, r in json.loads(path.read_text()).items():
+            machines.setdefault(json.dumps(r["machine"]), {})[name] = r
     lines = [
-        "Written by `python benchmarks/readme.py` from `results/vs_torchvision.json`, which "
+        "Written by `python benchmarks/readme.py` from `results/vs_torchvision*.json`, which "
         "`python benchmarks/vs_torchvision.py` measured. Equal weights and inputs, taking turns, and equal "
         "answers",
         "(in bf16 equal within rounding, for torchvision's rounds boxes to 16 bits as well, "
@@ -99,9 +113,23 @@ def speed():
         "variant counts. Models are `maskrcnn_resnet50_fpn` with batch norm frozen."]
     for machine, measured in machines.items():
         m = json.loads(machine)
-        lines += ["", f"On {m['threads']} threads of {m['cpu']} ({versions(m)}):", "", *HEAD]
+        threads = "one thread" if m["threads"] == 1 else f"{m['threads']} threads"
+        lines += ["", f"On {threads} of {m['cpu']} ({versions(m)}):", "", *HEAD]
         lines += [comparison(name, r) for name, r in measured.items()]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *memory(), ""])
+
+
+def memory():
+    "Peak memory against the number of images, where benchmarks/memory.py ran."
+    path = ROOT / "benchmarks/results/memory.json"
+    if not path.is_file(): return []
+    found = json.loads(path.read_text())
+    rows = [[f"{int(n):,}", *(f"{mb:,.0f} MB" for mb in parts.values())] for n, parts in found.items()]
+    return ["", "## Memory against the number of images", "",
+            "`python benchmarks/memory.py` made up images of 64 × 64 with three objects each. Peak of a "
+            "process above what it has after its imports:", "",
+            "| images | writing the file | 100 training steps | evaluation of a twentieth of them |",
+            "|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 HEAD = ["| case | times as fast | ours | the other | peak memory, ours / the other |",

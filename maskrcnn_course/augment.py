@@ -31,6 +31,7 @@ def augmentation(
         shrink=v2.RandomZoomOut({tv_tensors.Image: 114, tv_tensors.Mask: 0}, side_range=(1.0, 2.0)),
         crop=v2.RandomIoUCrop(min_scale=0.4, min_aspect_ratio=0.75, max_aspect_ratio=1.33),
         paste=v2.Identity())
+    names = tuple("colour" if name == "color" else name for name in names)
     if unknown := set(names) - set(known):
         raise ValueError(f"unknown augmentation {sorted(unknown)}; there are {list(known)}")
     return v2.Compose([known[name] for name in known if name in names] or [v2.Identity()])

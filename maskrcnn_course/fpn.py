@@ -82,6 +82,7 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.body, self.out_channels, self.frozen_norm = body, out_channels, frozen_norm
+        self.timm_name:str|None = None  # of the body, where it was chosen by name (side room 11b)
         self.fpn = FeaturePyramid(in_channels, out_channels, norm_layer)
         for name, weight in body.named_parameters():
             if name.startswith(tuple(frozen)): weight.requires_grad_(False)

@@ -17,6 +17,7 @@ from .data import InstanceDataset, atomic_write
 from .inspect_data import COLOURS
 from .mask_rcnn import MaskRCNN
 from .prediction import class_colours, class_names, draw_masks, look
+from .progress import find_trouble
 from .training import plot_history
 
 # %% ../nbs/13b_report.ipynb #aada97d1
@@ -132,6 +133,10 @@ summary { cursor: pointer; color: var(--soft) }
 <h1>$title</h1><p>$lead</p><dl class="tiles">$tiles</dl>
 <h2>How it learnt</h2><p>Each loss over the epochs of its stage: training solid, validation dashed.</p>
 <div class="scroll plot">$curves</div>
+$trouble<details><summary>Every epoch</summary>
+<p>The learning rate is the highest of the stage; a stage begins with a 25th of it and ends near 0.
+Images a second are training images over the whole time, validation included.</p>
+<div class="scroll">$epochs</div></details>
 <h2>How well it finds</h2><p>Average precision on the validation images; 1 is perfect.</p>
 <div class="scroll">$precision</div>
 <p style="margin-top:1.5rem">
@@ -151,6 +156,22 @@ def _table(rows:Iterable) -> str:
     tags = ["td" if row[0] else "th" for row in rows]
     lines = ["<tr>" + "".join(f"<{t}>{v}</{t}>" for v in row) for t, row in zip(tags, rows)]
     return f"<table>{''.join(lines)}</table>"
+
+def _epochs(history:list, settings:dict) -> list:
+    "Rows of a table: what each epoch gave, and how fast it was."
+    heads = ["", "epoch", "learning rate", "loss", "validation", "box AP", "mask AP", "s", "images/s"]
+    rows, before = [heads], 0.
+    for row in history:
+        stage, ap = row["stage"], row.get("AP", {})
+        if row["epoch"] == 1: before = 0.
+        seconds, before = row["seconds"] - before, row["seconds"]
+        images = settings.get("images", 0) * (settings.get("looks", 1) if stage in ("box", "mask") else 1)
+        losses = (f"{sum(row[part].values()):.3f}" for part in ("train", "val"))
+        aps = (f"{ap[kind]:.3f}" if kind in ap else "" for kind in ("bbox", "segm"))
+        rate = settings.get("lr", {}).get(stage, "")
+        speed = f"{images / seconds:.1f}" if seconds and images else ""
+        rows.append([stage, row["epoch"], rate, *losses, *aps, f"{seconds:.0f}", speed])
+    return rows
 
 def _curves(history:list) -> str:
     "The plot of all losses as SVG."
@@ -190,6 +211,8 @@ def write_report(
         lead=html.escape(lead),
         tiles="".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in tiles.items()),
         curves=_curves(history) if history else "",
+        trouble="".join(f"<p><b>{html.escape(t)}.</b></p>" for t in find_trouble(history, len(classes) + 1)),
+        epochs=_table(_epochs(history, settings)),
         precision=_table(metrics_table(metrics)),
         recall=_table([["", *recall], ["recall", *recall.values()]]),
         keys="".join(legend),

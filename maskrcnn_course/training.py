@@ -2,11 +2,15 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'NEEDS', 'class_maps', 'semantic_loss', 'Stage', 'mean_losses', 'has_fast_bfloat16', 'train_stage',
-           'plot_history', 'evaluate_model', 'stages_to_run', 'train']
+           'plot_history', 'evaluate_model', 'stages_to_run', 'time_parts', 'train']
 
 # %% ../nbs/12_training.ipynb #d5464fbc
+import copy
 import json
+import math
+import statistics
 import time
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +19,17 @@ import torch
 from matplotlib.figure import Figure
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from .data import InstanceDataset, atomic_write, collate
+from .data import InstanceDataset, atomic_write, collate, watched
 from .augment import (
     AUGMENT, EpochBatches, SeededDataset, augmentation, data_loader, seed_of)
-from .features import cache_features
-from .checkpoints import Interruption, Trainer, processes, read_checkpoint, remove_checkpoints
+from .features import FeatureCache, cache_features
+from .checkpoints import (
+    Interruption, Trainer, best_epoch, processes, read_checkpoint, remove_checkpoints)
+from .progress import Estimate, Part, Progress, fit_epochs
 from .anchors import assign_targets_to_anchors
 from .evaluation import evaluate, proposal_recall, results_from_predictions, rpn_accuracy
 from .rpn import Proposals
@@ -183,32 +188,70 @@ def _groups(stage, lr, body_lr):
     new = [p for p in stage.parameters() if p.requires_grad and p not in of_body]
     return [dict(params=new, lr=lr), dict(params=body, lr=lr * body_lr)]
 
-def _learn(training, train_batches, val_batches, epochs, checkpoint, minutes, on_epoch):
-    "All epochs that are left."
-    began, saved, steps = time.time() - training.seconds, time.time(), len(train_batches)
-    done = training.epoch * steps + training.step
-    quiet = None if training.accelerator.is_main_process else True  # None: where nobody looks
-    bar = tqdm(total=epochs * steps, initial=done, desc=training.name, disable=quiet)
-    with Interruption() as interruption, bar:
+def _together(batches, n):
+    "Lists of n batches; the last may be shorter."
+    batches = iter(batches)
+    while some := list(islice(batches, n)): yield some
+
+def _learn(training, batches, epochs, accumulate, patience, validate, after):
+    "All epochs that are left; `after` is called after every step, and without losses after every epoch."
+    train_batches, val_batches = batches
+    stage = training.accelerator.unwrap_model(training.module)
+    began = time.time() - training.seconds
+    with Interruption() as interruption:
         while training.epoch < epochs:
-            train_batches.batch_sampler.set_epoch(training.epoch, training.step)
-            for inputs in train_batches:
-                with interruption.whole(): losses = training.learn(inputs)
-                bar.update()
-                if training.step % 10 == 1:
-                    training.check()
-                    said = {k.removeprefix("loss_"): f"{v.item():.3f}" for k, v in losses.items()}
-                    bar.set_postfix(said, refresh=False)
+            if patience and training.epoch - best_epoch(training.history) >= patience: break
+            train_batches.batch_sampler.set_epoch(training.epoch, training.step * accumulate)
+            for some in _together(train_batches, accumulate):
+                with interruption.whole(): losses = training.learn(*some)
                 training.seconds = time.time() - began
-                if checkpoint and time.time() > saved + 60 * minutes:
-                    training.save(checkpoint)
-                    saved = time.time()
+                if training.step % 10 == 1: training.check()
+                after(losses)
             training.check()
-            val = mean_losses(training.accelerator.unwrap_model(training.module), val_batches)
+            val = mean_losses(stage, val_batches)
+            ap = validate(stage) if validate else None
             training.seconds = time.time() - began
-            with interruption.whole(): training.finish_epoch(val)
-            if checkpoint: training.save(checkpoint)
-            if on_epoch and training.accelerator.is_main_process: on_epoch(training.history)
+            with interruption.whole(): training.finish_epoch(val, ap, bool(patience or validate))
+            after({})
+    training.take_best()
+
+def _saves(training, checkpoint, minutes):
+    "A function that writes a checkpoint if it has to be, or if the last one is so many minutes old."
+    saved = time.time()
+    def save(force):
+        nonlocal saved
+        if not force and time.time() < saved + 60 * minutes: return
+        training.save(checkpoint)
+        saved = time.time()
+    return save
+
+def _progress(training, losses, epochs, steps, images, estimate):
+    "What a callback is told; no losses after an epoch."
+    ended, done = not losses, training.epoch + training.step / steps
+    return Progress(
+        stage=training.name,
+        epoch=training.epoch if ended else training.epoch + 1,
+        epochs=epochs,
+        step=steps if ended else training.step,
+        steps=steps,
+        images=images,
+        losses=losses,
+        lr=training.schedule.get_last_lr()[0],
+        seconds=training.seconds,
+        left=estimate.left(training.name, done, training.seconds) if estimate else None,
+        history=training.history,
+        epoch_done=ended)
+
+def _measure_ap(data, n, batch_size, workers):
+    "A function that measures a stage's AP on n images; None for the RPN, which has no classes yet."
+    dataset = InstanceDataset(data, "val").first(n)
+    def measure(stage):
+        kinds = {"rpn": (), "box": ("bbox",)}.get(stage.name, ("bbox", "segm"))
+        if not kinds: return None
+        metrics, _ = evaluate_model(stage.model, dataset, batch_size, workers)
+        stage.train()
+        return {kind: metrics[kind]["AP"] for kind in kinds if kind in metrics}
+    return measure
 
 def train_stage(
     model:MaskRCNN,
@@ -222,12 +265,16 @@ def train_stage(
     workers:int=0,             # processes that read and decode
     accelerator:Accelerator|None=None, # device, precision, number of processes
     frozen:tuple|None=None,    # for box and mask: what `cache_features` returned, if it was called already
-    on_epoch=None,             # called with this stage's history after every epoch
+    callback=None,             # called with a `Progress` after every step and every epoch
     augment:tuple=AUGMENT,     # names of `augmentation`
     checkpoint:Path|None=None, # where to write one after every epoch, and when the training is stopped
     minutes:float=10.,         # and after so many minutes
     begun:tuple|None=None,     # a checkpoint from `read_checkpoint` to go on from
-) -> list:                     # a dict per epoch: stage, epoch, seconds, train and val losses
+    accumulate:int=1,          # batches whose gradients are added up for one step
+    patience:int|None=None,    # stop after so many epochs without a better one, and take the best
+    validate:int=0,            # validation images whose AP tells the best epoch, which is then taken
+    estimate:Estimate|None=None, # of the whole training, for `callback`
+) -> list:                     # a dict per epoch: stage, epoch, seconds, train and val losses, perhaps AP
     "Train one stage; the others stay as they are."
     accelerator = accelerator or Accelerator()
     share = accelerator.process_index, accelerator.num_processes
@@ -239,16 +286,27 @@ def train_stage(
                    for split in ("train", "val")]
     torch.manual_seed(seed)
     stage = Stage(model, name, InstanceDataset(data).has_masks).train()
-    steps, number = epochs * len(batches[0]), list(STAGES).index(name)
+    steps, number = -(-len(batches[0]) // accumulate), list(STAGES).index(name)
     groups = _groups(stage, lr, body_lr)
-    training = Trainer(stage, name, groups, steps, seed_of(seed, number), accelerator)
+    training = Trainer(stage, name, groups, epochs * steps, seed_of(seed, number), accelerator)
     if begun: training.load(*begun)
-    train_batches, val_batches = batches
-    try: _learn(training, train_batches, val_batches, epochs, checkpoint, minutes, on_epoch)
+    def after(losses):
+        if saves: saves(force=not losses)
+        if callback and accelerator.is_main_process:
+            callback(_progress(training, losses, epochs, steps, batch_size * accumulate, estimate))
+    saves = _saves(training, checkpoint, minutes) if checkpoint else None
+    measure = _measure_ap(data, validate, batch_size, workers) if validate else None
+    try: _learn(training, batches, epochs, accumulate, patience, measure, after)
     except KeyboardInterrupt:
         if checkpoint: training.save(checkpoint)
         raise
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e): raise
+        raise OSError(
+            "a process that reads images died, of too little memory perhaps; resume=True (--resume) "
+            f"goes on from the last checkpoint, also with fewer workers (--workers): {e}") from e
     return training.history
+
 
 # %% ../nbs/12_training.ipynb #3544bd27
 def plot_history(
@@ -306,7 +364,7 @@ def evaluate_model(
     loader = DataLoader(
         SeededDataset(dataset), num_workers=workers, collate_fn=collate,
         batch_sampler=EpochBatches(len(dataset), batch_size, shuffle=False, share=share))
-    for i, (images, targets) in enumerate(tqdm(loader, "evaluate", leave=False, disable=None)):
+    for i, (images, targets) in enumerate(watched(loader, "evaluated batches")):
         found.append((share[0] + i * share[1], _of_batch(model, images, targets, dataset.has_masks)))
     in_order = sorted(gather_object(found), key=lambda batch: batch[0])
     accuracy, proposals, boxes, results = (
@@ -344,6 +402,8 @@ def _model_to_start_from(start):
     path = Path(start)
     return load_model(path if path.suffix == ".safetensors" else path / "model.safetensors")[:2]
 
+def _named(preset, backbone): return repr(preset) + (f" with the body {backbone}" if backbone else "")
+
 def _start(name, out, settings, dataset):
     "The model that a stage begins with: what the stage before left, what `start` names, or a new one."
     torch.manual_seed(settings["seed"])
@@ -351,19 +411,21 @@ def _start(name, out, settings, dataset):
     if NEEDS[name]:
         before = out / f"{NEEDS[name]}.safetensors"
         model, classes, _ = load_model(before)
-        if (model.preset, classes) != (preset, dataset.classes):
+        was, wanted = (model.preset, model.backbone.timm_name), (preset, settings["backbone"])
+        if (was, classes) != (wanted, dataset.classes):
             raise ValueError(
-                f"{before} holds a {model.preset!r} model of {classes}, "
-                f"but {preset!r} with {dataset.classes} is asked for; choose another folder")
+                f"{before} holds a {_named(*was)} model of {classes}, "
+                f"but {_named(*wanted)} with {dataset.classes} is asked for; choose another folder")
         return model
-    model = build_model(preset, dataset.num_classes, settings["pretrained"])
+    model = build_model(
+        preset, dataset.num_classes, settings["pretrained"], backbone=settings["backbone"])
     if not start: return model
     old, classes = _model_to_start_from(start)
     try: new = transfer(model, dataset.classes, old, classes)
     except ValueError:
         raise ValueError(
-            f"{start} is a {old.preset!r} model, whose layers are not those of {preset!r}; "
-            "choose another preset (--preset) or start") from None
+            f"{start} is a {_named(old.preset, old.backbone.timm_name)} model, whose layers are not those of "
+            f"{_named(preset, settings['backbone'])}; choose another preset (--preset) or start") from None
     if new: print(f"all weights come from {start}; only the last layers of {', '.join(new)} begin anew")
     return model
 
@@ -382,20 +444,38 @@ def _refuse_to_replace(out, stages):
         raise FileExistsError(
             f"{out} has a training that was stopped: go on with resume=True (--resume), {ways}")
 
+def _for_each(value, names) -> dict:
+    "One value for all stages, or those of a dict; none: an empty dict."
+    if isinstance(value, dict): return value
+    return {} if value is None else dict.fromkeys(names, value)
+
+def _check(settings:dict):
+    "A ValueError if a number cannot be."
+    least = dict(batch_size=1, looks=1, accumulate=1, patience=1, validate=0)
+    for name, lowest in least.items():
+        if settings[name] is not None and settings[name] < lowest:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{name} ({option}) is {settings[name]}: give {lowest} or more")
+    for stage, n in _for_each(settings["epochs"], ["all stages"]).items():
+        if n < 1: raise ValueError(f"epochs (--epochs) of {stage}: {n}; give 1 or more")
+    for stage, lr in _for_each(settings["lr"], ["all stages"]).items():
+        if not 0 < lr < math.inf:
+            raise ValueError(f"lr (--lr) of {stage}: {lr}; give a number above 0, such as 0.001")
+
 def _new_settings(dataset, out, **chosen) -> dict:
     "All that settles a run's numbers, checked before anything is written."
     settings:dict = chosen
     recipe, stages = find_preset(settings["preset"]).recipe, settings["stages"]
-    if settings["looks"] < 1:
-        raise ValueError(
-            f"looks is {settings['looks']}; the frozen stages have to look at every image at least once")
+    _check(settings)
     augmentation(settings["augment"])  # an unknown name is an error now
     if not dataset.has_masks and {"mask", "joint"} & set(stages):
         raise ValueError(
             f"{settings['data']} has boxes but no masks, and masks are all that the mask head learns from: "
             "train the stages rpn and box (--stages rpn box)")
     names = stages_to_run(stages, out)
-    epochs = recipe["epochs"] | (settings["epochs"] or {})
+    epochs = recipe["epochs"] | _for_each(settings["epochs"], STAGES)
+    lr = recipe["lr"] | _for_each(settings["lr"], STAGES)
+    body_lr = recipe["body_lr"] | _for_each(settings["body_lr"], STAGES)
     if settings["mixed_precision"] == "auto":
         fast = has_fast_bfloat16(processes().device or torch.device("cpu"))
         settings["mixed_precision"] = "bf16" if fast else "no"
@@ -403,8 +483,8 @@ def _new_settings(dataset, out, **chosen) -> dict:
         stages=names,
         epochs={name: epochs[name] for name in names},
         batch_size=settings["batch_size"] or int(recipe["batch_size"]),
-        lr={name: settings["lr"] or recipe["lr"][name] for name in names},
-        body_lr={name: recipe["body_lr"].get(name, 1.0) for name in names},
+        lr={name: lr[name] for name in names},
+        body_lr={name: body_lr.get(name, 1.0) for name in names},
         augment=list(settings["augment"]),
         classes=dataset.classes,
         images=len(dataset),
@@ -415,7 +495,7 @@ def _settings_of(out, dataset) -> dict:
     path = out / "settings.json"
     if not path.is_file(): raise FileNotFoundError(f"{out} has no training to go on with: no {path}")
     settings = json.loads(path.read_text())
-    if "images" not in settings:
+    if "backbone" not in settings:
         raise ValueError(f"{path} was written by an older version, which could not go on; train anew")
     was, now = (settings["images"], settings["classes"]), (len(dataset), dataset.classes)
     if was != now:
@@ -423,10 +503,57 @@ def _settings_of(out, dataset) -> dict:
                          f"but these data have {now[0]} of {now[1]}")
     return settings
 
+# %% ../nbs/12_training.ipynb #851cbdc9
+def _time_part(model, name, data, settings):
+    "Seconds that the frozen stages take for a batch, that a step takes, and the validation of a batch."
+    model, accelerator = copy.deepcopy(model), Accelerator(mixed_precision=settings["mixed_precision"])
+    share = accelerator.process_index, accelerator.num_processes
+    loader = data_loader(
+        data, "train", settings["batch_size"], augment=tuple(settings["augment"]), share=share)
+    model.to(accelerator.device)
+    batches:Any = FeatureCache(model, loader, gigabytes=0.) if NEEDS[name] else loader
+    stage = Stage(model, name, InstanceDataset(data).has_masks).train()
+    training = Trainer(stage, name, _groups(stage, 0., 0.), 11, 0, accelerator)
+    times, began = [], time.time()
+    for inputs in islice(chain.from_iterable(repeat(batches)), 4):
+        read = time.time()
+        float(sum(training.learn(inputs).values()))
+        learnt = time.time()
+        mean_losses(stage, [inputs])
+        times.append((read - began, learnt - read, time.time() - learnt))
+        began = time.time()
+    return [statistics.median(one[i] for one in times[1:]) for i in range(3)]  # the first is slower
+
+def time_parts(
+    model:MaskRCNN,
+    data:str|Path,   # an HDF5 file
+    names:list,      # stages, in order
+    settings:dict,   # of the training, as settings.json of a run has them
+) -> dict:           # of each stage a `Part`
+    "What each stage will take: a few steps of each, on a copy of the model, are timed."
+    def batches(split): return -(-len(InstanceDataset(data, split)) // settings["batch_size"])
+    train, val, parts, frozen = batches("train"), batches("val"), {}, False
+    for name in names:
+        look, step, check = _time_part(model, name, data, settings)
+        before, passes = 0., 1
+        if NEEDS[name]:
+            passes = settings["looks"]
+            if not frozen: before, frozen = (passes * train + val) * look, True
+        else: step += look
+        parts[name] = Part(before, passes * train * step + val * check, settings["epochs"][name])
+    return parts
+
+def _fitting(parts, minutes) -> dict:
+    "The epochs that fit into a budget, the same in every process."
+    parts = broadcast_object_list([parts])[0]
+    epochs = fit_epochs(parts, minutes)
+    said = ", ".join(f"{epochs[name]} of {part.epochs} epochs of {name}" for name, part in parts.items())
+    if processes().is_main_process: print(f"{minutes:g} minutes are enough for {said}")
+    return epochs
+
 # %% ../nbs/12_training.ipynb #04752a12
-def _train_stages(names, first, settings, data, out, begun, workers, minutes, on_epoch):
+def _train_stages(names, first, settings, data, out, begun, workers, minutes, callback, estimate):
     "The stages that are left; `begun` is a checkpoint of the first of them, if there is one."
-    AcceleratorState._reset_state()  # an earlier call in this process may have chosen another precision
     accelerator = Accelerator(mixed_precision=settings["mixed_precision"])
     dataset, path = InstanceDataset(data, "train"), out / "history.json"
     batch_size, seed, augment = settings["batch_size"], settings["seed"], tuple(settings["augment"])
@@ -439,14 +566,16 @@ def _train_stages(names, first, settings, data, out, begun, workers, minutes, on
             share = accelerator.process_index, accelerator.num_processes
             frozen = frozen or cache_features(
                 model, data, batch_size, seed, workers, augment, settings["looks"], share)
-        def after_epoch(new):
-            _write_json(path, history + new)
-            if on_epoch: on_epoch(history + new)
+        def tell(now):
+            now = now._replace(history=history + now.history)
+            if now.epoch_done: _write_json(path, now.history)
+            if callback: callback(now)
         try:
             new = train_stage(
                 model, name, data, settings["epochs"][name], batch_size, settings["lr"][name],
-                settings["body_lr"][name], seed, workers, accelerator, frozen, after_epoch, augment,
-                out / "checkpoint.safetensors", minutes, begun)
+                settings["body_lr"][name], seed, workers, accelerator, frozen, tell, augment,
+                out / "checkpoint.safetensors", minutes, begun, settings["accumulate"],
+                settings["patience"], settings["validate"], estimate if estimate.parts else None)
         except KeyboardInterrupt:
             if accelerator.is_main_process:
                 save_model(model, out / "model.safetensors", dataset.classes, name)
@@ -466,20 +595,26 @@ def train(
     out:str|Path,                        # the run's folder: settings, history, checkpoints
     stages:tuple=("rpn", "box", "mask"), # or ("joint",); missing stages that these need come first
     preset:str="laptop",                 # laptop, photos, photos_large, standard, standard_v2 or tiny
-    epochs:dict|None=None,               # of each stage, where not the preset's
+    epochs:dict|int|None=None,           # of each stage, where not the preset's
     batch_size:int|None=None,            # images per step, those of all processes together; the preset's
-    lr:float|None=None,                  # of new layers, in all stages; the preset's
+    lr:dict|float|None=None,             # of new layers, of each stage or of all; the preset's
     seed:int=0,                          # of everything that is left to chance
     pretrained:bool=True,                # start the body from ImageNet weights
     workers:int=0,                       # processes that read and decode
     mixed_precision:str="auto",          # "no", "bf16", "fp16" or "auto": bf16 if the device has it built in
     overwrite:bool=False,                # train again a stage that the folder has
-    on_epoch=None,                       # called with the whole history after every epoch
+    callback=None,                       # called with a `Progress` after every step and every epoch
     augment:tuple=AUGMENT,               # names of `augmentation`
     looks:int=2,                         # of the frozen stages at each training image, each augmented anew
     start:str|Path|None=None,            # weights to begin with: a run, a file, "coco" or "coco_v2"
     resume:bool=False,                   # go on with the run in `out`, with its own settings
     checkpoint_minutes:float=10.,        # between checkpoints; there is one after every epoch, too
+    minutes:float|None=None,             # a budget: as many epochs as fit into it, at most `epochs`
+    accumulate:int=1,                    # batches whose gradients are added up for one step
+    patience:int|None=None,              # stop a stage after so many epochs without a better one
+    validate:int=0,                      # validation images whose AP is measured after every epoch
+    body_lr:dict|float|None=None,        # the pretrained body's share of the learning rate; the preset's
+    backbone:str|None=None,              # name of a body of timm, in place of the preset's
 ) -> list:                               # the history: a dict per epoch
     """Train the stages in turn; after each, and after Ctrl-C, the folder holds a model that works.
 
@@ -493,17 +628,24 @@ def train(
         settings = _new_settings(
             dataset, out, data=str(data), stages=stages, preset=preset, epochs=epochs, batch_size=batch_size,
             lr=lr, seed=seed, pretrained=pretrained, mixed_precision=mixed_precision, augment=augment,
-            looks=looks, start=str(start) if start else None)
+            looks=looks, start=str(start) if start else None, accumulate=accumulate, patience=patience,
+            validate=validate, body_lr=body_lr, backbone=backbone)
     begun = read_checkpoint(checkpoint) if resume and not settings["finished"] else None
     names = [] if settings["finished"] else settings["stages"]
     if begun: names = names[names.index(begun[0]["stage"]):]
     first = _start(names[0], out, settings, dataset) if names else None
+    AcceleratorState._reset_state()  # an earlier call in this process may have chosen another precision
+    parts = time_parts(first, data, names, settings) if first and (callback or minutes) else {}
+    if minutes and not resume: settings["epochs"] |= _fitting(parts, minutes)
     processes().wait_for_everyone()  # all have read what the first one now replaces
     if processes().is_main_process and not resume:
         remove_checkpoints(out)
         _write_json(out / "settings.json", settings)
-    history = _train_stages(names, first, settings, data, out, begun, workers, checkpoint_minutes, on_epoch)
+    fitted = {name: part._replace(epochs=settings["epochs"][name]) for name, part in parts.items()}
+    history = _train_stages(
+        names, first, settings, data, out, begun, workers, checkpoint_minutes, callback, Estimate(fitted))
     if processes().is_main_process:
         _write_json(out / "settings.json", settings | dict(finished=True))
         remove_checkpoints(out)
     return history
+

@@ -8,6 +8,11 @@ from jaxtyping import install_import_hook
 
 install_import_hook("maskrcnn_course", "beartype.beartype")
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # pytest -n 2: they share the cores
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
+
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco3"
 REHEARSAL = bool(os.environ.get("GPU_REHEARSAL"))  # the GPU's tests run on the CPU, to find typing errors
 

@@ -4,6 +4,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,10 +26,10 @@ def run(tmp_path_factory):
     return folder
 
 
-def fails(capsys, *words):
+def fails(capsys, *words, status=1):
     "The one line that a mistake ends in."
     capsys.readouterr()
-    assert main(list(map(str, words))) == 1
+    assert main(list(map(str, words))) == status
     text = capsys.readouterr().err
     assert text.startswith("maskrcnn-course: ") and text.count("\n") == 1
     return text
@@ -93,10 +95,8 @@ def test_import_train_on_coco_files(tmp_path, capsys):
 
 def test_mistakes_end_in_one_line_and_write_nothing(run, capsys, tmp_path):
     assert "no data set" in fails(capsys, "train", tmp_path / "none.h5", "--out", tmp_path / "x")
-    assert "unknown preset" in fails(capsys, "train", run / "s.h5", "--preset", "huge",
-                                     "--out", tmp_path / "x")
-    assert "unknown stage" in fails(capsys, "train", run / "s.h5", "--preset", "tiny", "--stages", "maks",
-                                    "--out", tmp_path / "x")
+    assert "no such file" in fails(capsys, "train", run / "s.h5", "--out", tmp_path / "x",
+                                   "--config", tmp_path / "none.json")
     assert "already has" in fails(capsys, "train", run / "s.h5", "--preset", "tiny", "--out", run / "run")
     cut = tmp_path / "cut.h5"
     cut.write_bytes((run / "s.h5").read_bytes()[:5000])
@@ -106,6 +106,50 @@ def test_mistakes_end_in_one_line_and_write_nothing(run, capsys, tmp_path):
     assert "--size" in fails(capsys, "scenes", tmp_path / "n.h5", "--size", "big")
     assert "--epochs" in fails(capsys, "train", run / "s.h5", "--epochs", "many", "--out", tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut.h5"]
+
+
+@pytest.mark.parametrize("words", [
+    "--preset huge", "--stages maks", "--lr nan", "--lr inf", "--lr -1", "--lr 0", "--batch-size 0",
+    "--batch-size -3", "--workers -1", "--looks 0", "--minutes 0", "--patience 0", "--validate -1",
+    "--seed -1", "--accumulate 0", "--mixed-precision bf8", "--log paper", "--device tpu",
+    "--checkpoint-minutes -1", "--no-such-option"])
+def test_words_that_make_no_command_end_with_status_2(words, run, capsys, tmp_path):
+    said = fails(capsys, "train", run / "s.h5", "--out", tmp_path / "x", *words.split(), status=2)
+    assert words.split()[0] in said and "--help" in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("maskrcnn-course 0")
+
+
+def test_paths_that_do_not_exist_and_places_that_cannot_be_written(run, capsys, tmp_path, monkeypatch):
+    data, file = run / "s.h5", tmp_path / "file"
+    file.write_text("not a folder")
+    for words in (["inspect"], ["evaluate", run / "run"]):
+        assert "no such file: there is no data set at" in fails(capsys, *words, tmp_path / "none.h5")
+    none = tmp_path / "none.json"
+    assert fails(capsys, "evaluate", "--results", none, data) == f"maskrcnn-course: no such file: {none}\n"
+    said = fails(capsys, "import", "coco", tmp_path / "c.h5", "--train", none, "--images", tmp_path)
+    assert said == f"maskrcnn-course: no such file: {none}\n"
+    said = fails(capsys, "import", "coco", tmp_path / "c.h5", "--train", tmp_path, "--images", tmp_path)
+    assert said == f"maskrcnn-course: {tmp_path}: is a directory\n"
+    for place, reason in (
+            (file / "s", f"{file} is a file, and no folder"), ("/proc/nowhere/s", "No such file"),
+            (tmp_path / "taken", "it is a folder")):
+        if str(place).startswith("/proc") and not Path("/proc/self").exists(): continue
+        (tmp_path / "taken.h5").mkdir(exist_ok=True)
+        (tmp_path / "taken.jpg").mkdir(exist_ok=True)
+        for words, ending in ((["scenes"], ".h5"), (["inspect", data, "--out"], ".jpg")):
+            said = fails(capsys, *words, f"{place}{ending}", "--overwrite")
+            assert f"cannot write {place}{ending}: " in said and reason in said
+    monkeypatch.setattr("os.access", lambda *args: False)
+    assert "is read-only" in fails(capsys, "scenes", tmp_path / "s.h5")
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**20))
+    assert "s.h5: the disk is full" in fails(capsys, "scenes", tmp_path / "s.h5", "--n", 6, "--size", "64x64")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken.h5", "taken.jpg"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")

@@ -182,3 +182,16 @@ def test_load_model_gives_the_modules_that_are_asked_for(fast):
     names = {type(m).__name__ for m in model.modules()}
     assert ({"FastTransform", "FastRoIHeads"} <= names) == fast
     assert not any(hasattr(m, "plain") for m in slow_down(model).modules())
+
+
+def test_a_body_of_timm_is_saved_by_its_name(tmp_path):
+    "Its colours too; and without a network nothing is fetched to load it."
+    torch.manual_seed(0)
+    model = build_model("tiny", 3, pretrained=False, backbone="resnet18").eval()
+    assert model.transform.image_mean == (0.485, 0.456, 0.406)
+    save_model(model, tmp_path / "m.safetensors", ["cat", "dog"], "joint")
+    again, *_ = load_model(tmp_path / "m.safetensors")
+    image = [torch.rand(3, 60, 90)]
+    with torch.no_grad(): a, b = model(image)[0], again(image)[0]
+    assert again.backbone.timm_name == "resnet18" and again.settings == model.settings
+    assert all(torch.equal(a[name], b[name]) for name in a)

@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 data, out, stages = Path(sys.argv[1]), Path(sys.argv[2]), tuple(sys.argv[3].split(","))
 build = training.build_model
 
-def build_model(*args):
+def build_model(*args, backbone):
     "One whose samples are all that there are."
     return build(
         *args, rpn_batch_size_per_image=4000, rpn_positive_fraction=1.0, rpn_nms_thresh=1.1,

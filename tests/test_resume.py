@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from maskrcnn_course.checkpoints import read_checkpoint
+from maskrcnn_course.cli import main
 from maskrcnn_course.presets import load_model
 from maskrcnn_course.scenes import write_scenes
 from maskrcnn_course.training import train
@@ -100,8 +101,8 @@ def test_a_stopped_training_ends_with_the_same_weights(data, tmp_path, stages, h
 
 
 def stop_after(epochs):
-    def stop(history):
-        if len(history) == epochs: raise KeyboardInterrupt
+    def stop(now):
+        if len(now.history) == epochs: raise KeyboardInterrupt
     return stop
 
 
@@ -109,7 +110,7 @@ def stop_after(epochs):
 def stopped(data, tmp_path):
     "A run that was stopped after the first of two epochs."
     with pytest.raises(KeyboardInterrupt):
-        train(data, tmp_path / "run", ("rpn",), "tiny", dict(rpn=2), on_epoch=stop_after(1))
+        train(data, tmp_path / "run", ("rpn",), "tiny", dict(rpn=2), callback=stop_after(1))
     return tmp_path / "run"
 
 
@@ -153,3 +154,67 @@ def test_losses_that_are_not_finite_end_the_training(data, tmp_path):
     about, tensors = read_checkpoint(tmp_path / "run/checkpoint.safetensors")
     assert about["step"] >= 1 and all(map(math.isfinite, about["sums"].values()))
     assert all(tensors[name].isfinite().all() for name in tensors if name.startswith("module."))
+
+
+LIMITED = """
+import resource, sys
+from maskrcnn_course.cli import main
+data, out, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+sys.exit(main(["train", data, "--out", out, "--preset", "tiny", "--epochs", "2", "--device", "cpu",
+               "--stages", "rpn", "--mixed-precision", "no"]))
+"""
+
+
+def in_a_process(program, *words):
+    "Run a program that ends in one line."
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
+    assert done.stderr.startswith("maskrcnn-course: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files of limited size are POSIX")
+@pytest.mark.parametrize("size", [100, 200_000])
+def test_a_disk_that_is_full_ends_in_one_line(data, tmp_path, size):
+    "A limit on the size of files stands in for it: neither settings nor a checkpoint fit."
+    status, said = in_a_process(LIMITED, data, tmp_path / "run", size)
+    assert status == 1 and "arge" in said  # File too large
+    assert not list(tmp_path.glob("run/.*")) and not list(tmp_path.glob("run/*checkpoint*"))
+
+
+def test_a_folder_that_cannot_be_written_ends_in_one_line(data, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        assert main(["train", str(data), "--out", str(out), "--preset", "tiny", "--epochs", "1"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+WORKER = """
+import os, signal, sys
+from maskrcnn_course import training
+from maskrcnn_course.cli import main
+from maskrcnn_course.data import InstanceDataset
+data, out, how = sys.argv[1:]
+read, parent = InstanceDataset.__getitem__, os.getpid()
+
+def fail(self, i):
+    if os.getpid() != parent and os.path.exists(os.path.join(out, "history.json")):
+        if how == "dies": os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("image 7 is damaged")
+    return read(self, i)
+
+InstanceDataset.__getitem__ = fail
+sys.exit(main(["train", data, "--out", out, "--preset", "tiny", "--epochs", "20", "--device", "cpu",
+               "--stages", "rpn", "--mixed-precision", "no", "--workers", "1"]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+@pytest.mark.parametrize("how, words", [("dies", "reads images died"), ("raises", "image 7 is damaged")])
+def test_a_worker_that_fails_ends_in_one_line_and_loses_nothing(data, tmp_path, how, words):
+    status, said = in_a_process(WORKER, data, tmp_path / "run", how)
+    assert status == 1 and words in said and "Traceback" not in said
+    about, _ = read_checkpoint(tmp_path / "run" / "checkpoint.safetensors")
+    assert about["epoch"] >= 1
+    assert len(train(data, tmp_path / "run", resume=True)) == 20

@@ -245,7 +245,7 @@ def test_all_augmentations_at_once(scenes, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, message", [(dict(augment=("flip", "blur")), "unknown augmentation"),
-                                            (dict(looks=0), "at least once"),
+                                            (dict(looks=0), "looks .--looks. is 0"),
                                             (dict(start="nowhere"), "no model at")])
 def test_wrong_choices_write_nothing(scenes, tmp_path, wrong, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
