@@ -59,7 +59,24 @@ def section():
         "written by `python benchmarks/readme.py` from the files in `benchmarks/results/`.", "",
         "| what | core-minutes | processor | RPN accuracy | box AP | box AP50 | vehicle / person / animal "
         "| mask AP | mask AP50 |",
-        "|---|---|---|---|---|---|---|---|---|", *rows, *how_long(), photos(), END])
+        "|---|---|---|---|---|---|---|---|---|", *rows,
+        *how_long(), photos(), *finetune(), END])
+
+
+def finetune():
+    "What a start from scenes is worth on photos with other classes, where benchmarks/finetune.py ran."
+    path = ROOT / "benchmarks/results/finetune.json"
+    if not path.is_file(): return []
+    found, rows = json.loads(path.read_text()), []
+    for classes, arms in found["sets"].items():
+        for arm, r in arms.items():
+            figures = " | ".join(f"{r[kind][ap]:.3f}" for kind in ("bbox", "segm") for ap in ("AP", "AP50"))
+            rows.append(f"| {classes} | {arm} | {r['epochs']} | {figures} |")
+    return ["", f"Other classes: 232 photos, {found['minutes']:g} minutes of joint training on "
+            f"{found['machine']['threads']} cores, begun from ImageNet's body or with `--start` from a run "
+            "on the scenes; one seed (`python benchmarks/finetune.py`).", "",
+            "| classes | start | epochs | box AP | box AP50 | mask AP | mask AP50 |",
+            "|---|---|---|---|---|---|---|", *rows]
 
 
 def how_long():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from .data import atomic_write
@@ -32,12 +32,14 @@ def processes() -> PartialState:
 def best_epoch(
     history:list, # a dict for each epoch
 ) -> int:         # its number; 0 if there is none
-    "That with the highest AP, of masks if they were measured; without AP that with the lowest loss."
-    def score(row): return [*row["AP"].values()][-1] if "AP" in row else -sum(row["val"].values())
+    "The epoch with the highest AP (mask AP if measured), or else with the lowest validation loss."
+    def score(row):
+        value = [*row["AP"].values()][-1] if "AP" in row else -sum(row["val"].values())
+        return -math.inf if math.isnan(value) else value
     return max(history, key=score)["epoch"] if history else 0
 
 class Trainer:
-    "A module that returns losses, its optimizer and its schedule, and how far they have come."
+    "Trains a module that returns losses; holds its optimizer, schedule and progress."
     def __init__(self,
         module:nn.Module,        # called with (inputs, generator); returns a dict of losses
         name:str,                # of what is trained, for the history
@@ -87,6 +89,7 @@ class Trainer:
         keep_best:bool=False, # remember the weights if no epoch before was better
     ) -> None:
         "Put the epoch's mean losses, and what validation gave, into the history."
+        self.check()
         train = {k: float(v) / self.step for k, v in self.sums.items()}
         row = dict(stage=self.name, epoch=self.epoch + 1, seconds=self.seconds, val=val, train=train)
         self.history = [*self.history, row | (dict(AP=ap) if ap else {})]
@@ -124,7 +127,7 @@ class Trainer:
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with atomic_write(path) as part:
             save_file(tensors, part, dict(training=json.dumps(about)))
-            if path.exists(): path.replace(_before(path))
+            if _is_whole(path): path.replace(_before(path))
 
     def load(self, about:dict, tensors:dict) -> None:
         "Go back to where a checkpoint was written, as `read_checkpoint` returns it."
@@ -146,22 +149,30 @@ class Trainer:
 # %% ../nbs/11e_checkpoints.ipynb #1444d1ee
 def _before(path): return path.with_name("before_" + path.name)
 
+def _is_whole(path):
+    "Whether the file is there and not cut short; only its header is read."
+    try:
+        with safe_open(path, "pt"): return True
+    except (FileNotFoundError, SafetensorError): return False
+
 def read_checkpoint(
     path:Path, # where `Trainer.save` wrote
-) -> tuple|None: # what it says of itself, and its tensors
+) -> tuple|None: # its metadata and its tensors
     "The newest checkpoint that is whole; None if there is none."
     for file in (path, _before(path)):
         try:
             with safe_open(file, "pt") as f:
                 return json.loads(f.metadata()["training"]), {k: f.get_tensor(k) for k in f.keys()}
-        except Exception: continue  # not there, or cut short; safetensors has an exception of its own
+        except (FileNotFoundError, SafetensorError): continue  # not there, or cut short
     return None
 
 def remove_checkpoints(
     folder:Path, # of a run
 ) -> None:
     "Remove the checkpoints, and what a write that was cut off has left."
-    for path in (*folder.glob("*checkpoint.safetensors"), *folder.glob(".*.tmp")): path.unlink()
+    path = folder / "checkpoint.safetensors"
+    for file in (path, _before(path), *folder.glob(".*.safetensors.*.tmp"), *folder.glob(".*.json.*.tmp")):
+        file.unlink(missing_ok=True)
 
 
 # %% ../nbs/11e_checkpoints.ipynb #d603dcf3
@@ -184,7 +195,7 @@ class Interruption:
 
     @contextlib.contextmanager
     def whole(self):
-        "What stands in this block is brought to its end."
+        "Delay an interruption until this block has finished."
         self.busy = True
         try: yield
         finally: self.busy = False

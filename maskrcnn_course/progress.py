@@ -22,15 +22,15 @@ class Progress(NamedTuple):
     steps:int           # of an epoch
     images:int          # per step, those of all processes together
     losses:dict         # of the step, as tensors: reading them waits for the GPU
-    lr:float            # learning rate of new layers
-    seconds:float       # that this stage has taken
+    lr:float            # learning rate now, of layers that do not come pretrained
+    seconds:float       # that this stage has taken, validation included
     left:float|None     # seconds that the whole training will still take, about
     history:list        # a dict for each whole epoch of all stages
     epoch_done:bool     # whether an epoch has just ended; it is the last one in `history`
 
 # %% ../nbs/11f_progress.ipynb #f6c63f1e
 def _minutes(seconds):
-    if seconds is None: return ""
+    if seconds is None or seconds < 1: return ""
     return f"   about {seconds / 60:.0f} min left" if seconds > 90 else f"   about {seconds:.0f} s left"
 
 def _epoch_line(row):
@@ -54,7 +54,9 @@ def progress_lines(
             bar = tqdm(total=now.epochs * now.steps, initial=done - 1, desc=stage, leave=False, disable=quiet)
         bar.update(done - bar.n)
         steps = done - first[0]
-        if now.epoch_done: tqdm.write(_epoch_line(now.history[-1]) + _minutes(now.left), sys.stdout)
+        if now.epoch_done:
+            if now.epoch == now.epochs: bar.close()
+            tqdm.write(_epoch_line(now.history[-1]) + _minutes(now.left), sys.stdout)
         elif steps == 10 or now.seconds - said >= every:
             loss = sum(float(v) for v in now.losses.values())
             speed = now.images * (steps - 1) / max(now.seconds - first[1], 1e-9)
@@ -96,11 +98,11 @@ def fit_epochs(
     parts:dict,     # of each stage a `Part` with all the epochs that it should have
     minutes:float,
 ) -> dict:          # of each stage the epochs that fit
-    "As many epochs as fit into a budget of minutes, in all stages about the same share."
+    "As many epochs as fit into a budget of minutes, at least one of each stage."
     epochs = dict.fromkeys(parts, 1)
     def seconds(): return sum(p.before + epochs[name] * p.epoch for name, p in parts.items())
     if seconds() > 60 * minutes:
-        raise ValueError(f"one epoch of each stage takes about {seconds() / 60:.2g} minutes here, more than "
+        raise ValueError(f"one epoch of each stage takes about {seconds() / 60:.3g} minutes here, more than "
                          f"{minutes:g}: allow more, or take fewer images")
     while True:
         room = 60 * minutes - seconds()

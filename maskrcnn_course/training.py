@@ -215,6 +215,7 @@ def _learn(training, batches, epochs, accumulate, patience, validate, after):
             after({})
     training.take_best()
 
+# %% ../nbs/12_training.ipynb #6c2d8b31
 def _saves(training, checkpoint, minutes):
     "A function that writes a checkpoint if it has to be, or if the last one is so many minutes old."
     saved = time.time()
@@ -253,6 +254,7 @@ def _measure_ap(data, n, batch_size, workers):
         return {kind: metrics[kind]["AP"] for kind in kinds if kind in metrics}
     return measure
 
+# %% ../nbs/12_training.ipynb #8e4fad53
 def train_stage(
     model:MaskRCNN,
     name:str,                  # "rpn", "box", "mask" or "joint"
@@ -268,7 +270,7 @@ def train_stage(
     callback=None,             # called with a `Progress` after every step and every epoch
     augment:tuple=AUGMENT,     # names of `augmentation`
     checkpoint:Path|None=None, # where to write one after every epoch, and when the training is stopped
-    minutes:float=10.,         # and after so many minutes
+    checkpoint_minutes:float=10., # and after so many minutes
     begun:tuple|None=None,     # a checkpoint from `read_checkpoint` to go on from
     accumulate:int=1,          # batches whose gradients are added up for one step
     patience:int|None=None,    # stop after so many epochs without a better one, and take the best
@@ -294,7 +296,7 @@ def train_stage(
         if saves: saves(force=not losses)
         if callback and accelerator.is_main_process:
             callback(_progress(training, losses, epochs, steps, batch_size * accumulate, estimate))
-    saves = _saves(training, checkpoint, minutes) if checkpoint else None
+    saves = _saves(training, checkpoint, checkpoint_minutes) if checkpoint else None
     measure = _measure_ap(data, validate, batch_size, workers) if validate else None
     try: _learn(training, batches, epochs, accumulate, patience, measure, after)
     except KeyboardInterrupt:
@@ -306,7 +308,6 @@ def train_stage(
             "a process that reads images died, of too little memory perhaps; resume=True (--resume) "
             f"goes on from the last checkpoint, also with fewer workers (--workers): {e}") from e
     return training.history
-
 
 # %% ../nbs/12_training.ipynb #3544bd27
 def plot_history(

@@ -36,7 +36,7 @@ def _tiles(x):
     return (_both_ways(_B, x) @ tiles).view(16, -1, x.shape[3])
 
 def _pieces(x) -> Iterator[tuple[tuple, Tensor]]:
-    "Some images and rows of tiles after the other: which they are, and their transformed tiles."
+    "Yield the input piece by piece: its (images, rows of tiles) index and its transformed tiles."
     h, w = x.shape[2:]
     rows, columns, at_once = (h + 1) // 2, (w + 1) // 2, TILES * torch.get_num_threads()
     step = min(rows, max(1, at_once // columns))
@@ -108,5 +108,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, input):
         exact = input.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
-        if input.device.type != "cpu" or not exact: return super().forward(input)
+        kind = self.kernel_size, self.stride, self.padding, self.dilation, self.groups, self.padding_mode
+        fits = kind == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and input.dim() == 4
+        if input.device.type != "cpu" or not exact or not fits: return super().forward(input)
         return winograd_conv2d(input, self.weight, self.bias)
