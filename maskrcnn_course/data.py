@@ -201,14 +201,17 @@ def _open_dataset(path:Path) -> h5py.File:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: there is no data set at {path}: "
                                 "make one with maskrcnn-course scenes or maskrcnn-course import")
-    try: f = h5py.File(path, "r")
-    except OSError as e: raise ValueError(f"{path} is not a whole HDF5 file, make it again: {e}") from e
-    attributes:dict = dict(f.attrs)
+    try:
+        f = h5py.File(path, "r")
+        attributes:dict = dict(f.attrs)
+        tables = {name: f.get(name) for name in _TABLES}
+    except (OSError, RuntimeError, KeyError, TypeError) as e:  # HDF5 has many words for damage
+        raise ValueError(f"{path} is not a whole HDF5 file, make it again: {e}") from e
     if attributes.get("format") != FORMAT or attributes.get("version", VERSION + 1) > VERSION:
         raise ValueError(f"{path} is not a {FORMAT} file of version {VERSION} or below: "
                          f"its attributes are {attributes}")
     for name, (row, _) in _TABLES.items():
-        table:Any = f.get(name)
+        table:Any = tables[name]
         if table is None or not set(np.dtype(row).names or ()) <= set(table.dtype.names or ()):
             raise ValueError(f"{path}: its table {name} is missing or lacks columns: make the file again")
     return f

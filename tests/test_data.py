@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from maskrcnn_course.data import (FORMAT, InstanceDataset, collate, decode_mask, encode_mask, pad_images,
                                   pad_targets, write_dataset)
 from maskrcnn_course.importers import import_coco
+from maskrcnn_course.scenes import write_scenes
 
 
 def encoded(array, kind="PNG", **kwargs):
@@ -631,3 +632,35 @@ def test_import_of_real_photos(photos, tmp_path, capsys):
         name_of = lambda a: coco["categories"][a["category_id"] - 1]["name"]
         return sum(a["area"] for a in coco["annotations"] if name_of(a) in names)
     assert area(data.coco(), small.classes) / area(small.coco(), small.classes) == pytest.approx(4, rel=0.002)
+
+
+FLIPS = """
+import os, random, sys
+from pathlib import Path
+from maskrcnn_course.data import InstanceDataset
+from maskrcnn_course.inspect_data import inspect_dataset
+whole, damaged, draw = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), random.Random(0)
+for _ in range(60):
+    at = draw.randrange(6000)
+    damaged.write_bytes(whole[:at] + bytes([whole[at] ^ draw.randrange(1, 256)]) + whole[at + 1:])
+    child = os.fork()
+    if not child:
+        try:
+            dataset = InstanceDataset(damaged)
+            for i in range(len(dataset)): dataset[i]
+            inspect_dataset(damaged)
+        except (ValueError, OSError): os._exit(1)
+        except BaseException as e: print(at, type(e), e, flush=True)
+        os._exit(0)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_a_flipped_byte_is_read_or_refused(tmp_path):
+    "Never another error. (HDF5 itself may crash, which nobody can catch: that is a signal, not an error.)"
+    path = write_scenes(tmp_path / "s.h5", n=4, size=(64, 64), val=1)
+    words = [sys.executable, "-c", FLIPS, path, tmp_path / "damaged.h5"]
+    lines = subprocess.run(words, capture_output=True, text=True).stdout.splitlines()
+    assert len(lines) == 60 and all(line.startswith("code") for line in lines), lines
+    assert lines.count("code 1") > 5 and lines.count("code 0") > 5
