@@ -1,11 +1,11 @@
-"""What a start from trained weights is worth on photos whose classes differ, on a budget of minutes.
+"""What a start from trained weights is worth on photos whose classes differ, with the same epochs for both.
 
 The photos of a folder with images/, instances_train.json and instances_val.json in three classes (vehicle,
-person, animal) become two data sets with other classes. Each is trained jointly twice, on the same minutes:
-from the body's ImageNet weights, and from a run on the scenes. Written to benchmarks/results/finetune.json,
+person, animal) become two data sets with other classes. Each is trained jointly twice, for the same number
+of epochs: from the body's ImageNet weights, and from a run on the scenes. Written to benchmarks/results/finetune.json,
 from where benchmarks/readme.py takes it.
 
-    python benchmarks/finetune.py coco3/ --start runs/course --minutes 4
+    python benchmarks/finetune.py coco3/ --start runs/course
 """
 import argparse
 import json
@@ -30,32 +30,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--start", required=True, help="a run on the scenes")
-    parser.add_argument("--minutes", type=float, default=4.)
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--epochs", type=int, default=5)
     args = parser.parse_args()
-    found = json.loads(OUT.read_text()) if OUT.is_file() else dict(sets={})
-    found |= dict(minutes=args.minutes, machine=machine())
-    for name in args.sets:
-        groups = SETS[name]
+    found = dict(epochs=args.epochs, machine=machine(), sets={})
+    for name, groups in SETS.items():
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "photos.h5"
             import_coco(data, {s: args.photos / f"instances_{s}.json" for s in ("train", "val")},
                         args.photos / "images", groups, classes=list(groups))
             arms = {"ImageNet": None, "scenes": args.start}
             found["sets"][name] = {
-                arm: one(data, Path(folder) / arm, start, args.minutes) for arm, start in arms.items()}
-        OUT.write_text(json.dumps(found, indent=1) + "\n")
+                arm: one(data, Path(folder) / arm, start, args.epochs) for arm, start in arms.items()}
+    OUT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def one(data, out, start, minutes):
+def one(data, out, start, epochs):
     "Train and measure."
-    history = train(
-        data, out, ("joint",), epochs=100, minutes=minutes, start=start, callback=progress_lines())
+    history = train(data, out, ("joint",), epochs=epochs, start=start, callback=progress_lines())
     model = load_model(out / "model.safetensors")[0]
     metrics, _ = evaluate_model(model, InstanceDataset(data, "val"))
     figures = {kind: {ap: metrics[kind][ap] for ap in ("AP", "AP50")} for kind in ("bbox", "segm")}
     print(out.name, figures, flush=True)
-    return dict(figures, epochs=len(history), seconds=history[-1]["seconds"])
+    return dict(figures, seconds=history[-1]["seconds"])
 
 
 if __name__ == "__main__": main()

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from .mask_rcnn import Batch, MaskRCNN
-from .augment import AUGMENT, EpochBatches, data_loader
+from .augment import AUGMENT, EpochBatches, data_loader, watched
 
 # %% ../nbs/11d_features.ipynb #4e7c922c
 class FeatureCache:
@@ -30,7 +29,7 @@ class FeatureCache:
         size = self.keep(self.look(first)) if first else 0
         fits, self.kept = size * len(loader) <= gigabytes * 1e9, []
         self.file.seek(0)
-        for inputs in tqdm(loader, "frozen stages", leave=False, disable=None) if fits else ():
+        for inputs in watched(loader, "batches that the frozen stages look at") if fits else ():
             self.keep(self.look(inputs))
         self.batch_sampler:Any = loader.batch_sampler
         if fits: self.batch_sampler = EpochBatches(len(self.kept), 1, seed, shuffle)

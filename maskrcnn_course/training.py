@@ -23,9 +23,9 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from .data import InstanceDataset, atomic_write, collate, watched
+from .data import InstanceDataset, atomic_write, collate
 from .augment import (
-    AUGMENT, EpochBatches, SeededDataset, augmentation, data_loader, seed_of)
+    AUGMENT, EpochBatches, SeededDataset, augmentation, data_loader, seed_of, watched)
 from .features import FeatureCache, cache_features
 from .checkpoints import (
     Interruption, Trainer, best_epoch, processes, read_checkpoint, remove_checkpoints)
@@ -161,7 +161,7 @@ def mean_losses(
     learning, found = stage.training, []
     stage.eval()
     generator = torch.Generator(_device(stage))
-    for i, inputs in enumerate(batches):
+    for i, inputs in enumerate(watched(batches, "validation batches")):
         number = processes().process_index + i * processes().num_processes  # of the batch, among all
         losses = stage(inputs, generator.manual_seed(number))
         found.append({name: loss.item() for name, loss in losses.items()})
