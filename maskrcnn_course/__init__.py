@@ -10,7 +10,7 @@ _MODULE_OF = {
     "MaskRCNN": "mask_rcnn", "build_model": "presets", "load_model": "presets", "save_model": "presets",
     "train": "training", "evaluate": "evaluation", "predict": "prediction",
     "InstanceDataset": "data", "import_coco": "importers", "import_cis680": "importers",
-    "import_mask_folder": "importers",
+    "import_mask_folder": "folders",
     "write_scenes": "scenes",
 }
 __all__ = list(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -120,14 +120,14 @@ def import_coco_(args:argparse.Namespace) -> None:
 # %% ../nbs/15_cli.ipynb #fb4206d9
 def import_masks_(args:argparse.Namespace) -> None:
     "Bring photos with mask PNGs, each pixel the number of its object, into one HDF5 file."
-    from maskrcnn_course.importers import import_mask_folder
+    from maskrcnn_course.folders import import_mask_folder
     out = _free(args.out, args.overwrite)
     import_mask_folder(out, args.images, args.masks, args.classes, args.overwrite)
     _written(out)
 
 def import_objects_(args:argparse.Namespace) -> None:
     "Bring photos with a mask PNG for each object into one HDF5 file."
-    from maskrcnn_course.importers import import_object_masks
+    from maskrcnn_course.folders import import_object_masks
     out = _free(args.out, args.overwrite)
     import_object_masks(out, args.images, args.masks, args.classes, args.overwrite)
     _written(out)
@@ -135,7 +135,7 @@ def import_objects_(args:argparse.Namespace) -> None:
 def _import_folder(format:str, about:str):
     "The command that reads one of the formats with a text file beside each photo."
     def command(args):
-        from maskrcnn_course.importers import import_folder
+        from maskrcnn_course.folders import import_folder
         out, size = _free(args.out, args.overwrite), _size(args.size) if args.size else None
         import_folder(out, format, args.images, args.labels, args.classes, size, args.overwrite)
         _written(out)

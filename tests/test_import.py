@@ -13,8 +13,8 @@ from pycocotools import mask as coco_mask
 
 from maskrcnn_course.cli import main
 from maskrcnn_course.data import InstanceDataset, encode_mask, pad_targets, write_dataset
-from maskrcnn_course.importers import (
-    import_cis680, import_coco, import_folder, import_mask_folder, import_object_masks)
+from maskrcnn_course.folders import import_folder, import_mask_folder, import_object_masks
+from maskrcnn_course.importers import import_cis680, import_coco
 from maskrcnn_course.presets import build_model
 from maskrcnn_course.scenes import write_scenes
 from maskrcnn_course.training import train
