@@ -2,8 +2,8 @@
 
 The photos of a folder with images/, instances_train.json and instances_val.json in three classes (vehicle,
 person, animal) become two data sets with other classes. Each is trained jointly twice, for the same number
-of epochs: from the body's ImageNet weights, and from a run on the scenes. Written to benchmarks/results/finetune.json,
-from where benchmarks/readme.py takes it.
+of epochs: from the body's ImageNet weights, and from a run on the scenes. Written to
+benchmarks/results/finetune.json, from where benchmarks/readme.py takes it.
 
     python benchmarks/finetune.py coco3/ --start runs/course
 """

@@ -183,5 +183,5 @@ def watched(
     "A bar in a terminal, elsewhere a line every half minute: how many are done, how long the rest takes."
     if sys.stderr.isatty(): return tqdm(batches, name, leave=False)
     line = "{desc}: {n_fmt} of {total_fmt}, {remaining} left\n"
-    times = dict(mininterval=every, maxinterval=every, delay=every)
-    return tqdm(batches, name, leave=False, bar_format=line, **times)
+    return tqdm(
+        batches, name, leave=False, bar_format=line, mininterval=every, maxinterval=every, delay=every)
