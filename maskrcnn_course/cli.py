@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['scenes', 'import_coco_', 'import_masks_', 'import_objects_', 'import_cis680_', 'download', 'inspect', 'train_',
-           'evaluate_', 'predict_', 'lab', 'main']
+           'evaluate_', 'predict_', 'lab', 'exercises', 'main']
 
 # %% ../nbs/15_cli.ipynb #42b44fca
 import argparse, os, sys
@@ -404,17 +404,27 @@ def predict_(args:argparse.Namespace) -> None:
         if args.json and places: print(write_results(args.json, results))
 
 # %% ../nbs/15_cli.ipynb #6e9e87ec
+def _front_page() -> Path:
+    "The course's first notebook."
+    homes = Path.cwd(), Path(__file__).parents[1]
+    fronts = [home / "nbs/index.ipynb" for home in homes if (home / "nbs/index.ipynb").is_file()]
+    if fronts: return fronts[0]
+    raise FileNotFoundError("nbs/index.ipynb is not here: the notebooks come with the repository; "
+                            "clone it and call this inside")
+
 def lab(args:argparse.Namespace) -> int:
     "Open the course in JupyterLab."
     import importlib.util, subprocess
-    homes = Path.cwd(), Path(__file__).parents[1]
-    fronts = [home / "nbs/index.ipynb" for home in homes if (home / "nbs/index.ipynb").is_file()]
-    if not fronts:
-        raise FileNotFoundError("nbs/index.ipynb is not here: the notebooks come with the repository; "
-                                "clone it and call this inside")
+    front = _front_page()
     if not importlib.util.find_spec("jupyterlab"):
         raise ValueError("JupyterLab is not installed: pip install jupyterlab")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", str(fronts[0]), *args.jupyter])
+    return subprocess.call([sys.executable, "-m", "jupyterlab", str(front), *args.jupyter])
+
+def exercises(args:argparse.Namespace) -> None:
+    "Write the student editions: the chapters without their solutions, with checks."
+    from maskrcnn_course.course import write_exercises
+    counts = write_exercises(args.out, _front_page().parent, args.overwrite)
+    print(f"{args.out}: {sum(counts.values())} exercises in {len(counts)} notebooks")
 
 # %% ../nbs/15_cli.ipynb #15c0ffee
 def _option(*names, **about) -> tuple:
@@ -589,6 +599,10 @@ _COMMANDS = {  # words of the command: its function, an example, its options
         _OVERWRITE]),
     "lab": (lab, "-- --no-browser", [
         _option("jupyter", nargs="*", help="options for JupyterLab, after --")]),
+    "exercises": (exercises, "my_exercises", [
+        _option("out", nargs="?", default="exercises", help="folder to write to (%(default)s)"),
+        _option("--overwrite", action="store_true",
+                help="replace the notebooks that are there, with all that was written into them")]),
 }
 
 # %% ../nbs/15_cli.ipynb #50b2c903

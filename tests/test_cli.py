@@ -35,7 +35,7 @@ def fails(capsys, *words, status=1):
     return text
 
 
-@pytest.mark.parametrize("command", ["scenes", "import", "train", "evaluate", "predict", "lab"])
+@pytest.mark.parametrize("command", ["scenes", "import", "train", "evaluate", "predict", "lab", "exercises"])
 def test_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as e: main([command, "--help"])
     assert e.value.code == 0
