@@ -108,7 +108,7 @@ def assign_targets_to_anchors(
     labels = labels.masked_fill(matched == matcher.BETWEEN_THRESHOLDS, -1)
     return labels, batched_gather(boxes, matched.clamp(min=0))
 
-# %% ../nbs/03_anchors.ipynb #def85a3e
+# %% ../nbs/03_anchors.ipynb #3dca06c8
 def random_subset(
     candidates:Bool[Tensor, "batch n"],  # which may be taken
     count:Int[Tensor, "batch"],          # how many are taken from each row, all where there are fewer
@@ -122,7 +122,6 @@ def random_subset(
     taken = (value >= 0) & (rank < count[:, None])
     return torch.zeros_like(candidates).scatter(1, index, taken)
 
-# %% ../nbs/03_anchors.ipynb #3dca06c8
 def balanced_sample(
     positive:Bool[Tensor, "batch n"],    # objects
     negative:Bool[Tensor, "batch n"],    # background

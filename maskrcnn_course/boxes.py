@@ -21,20 +21,17 @@ def box_area(
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 # %% ../nbs/02_boxes.ipynb #2d451bc1
-def _overlap(a, b):
-    "Area that the boxes share; the shapes [..., 4] of both broadcast."
-    top_left = torch.maximum(a[..., :2], b[..., :2])
-    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])
-    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    return width * height
-
 def box_iou(
     a:Real[Tensor, "*batch n 4"], # boxes, x1 y1 x2 y2 in pixels
     b:Real[Tensor, "*batch m 4"], # boxes, x1 y1 x2 y2 in pixels
 ) -> Float[Tensor, "*batch n m"]:
     "IoU of every box in `a` with every box in `b`, in float32 at least; 0 where either has no area."
     a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (a, b))  # areas overflow 16 bits
-    overlap = _overlap(a[..., :, None, :], b[..., None, :, :])
+    one, other = a[..., :, None, :], b[..., None, :, :]
+    top_left = torch.maximum(one[..., :2], other[..., :2])
+    bottom_right = torch.minimum(one[..., 2:], other[..., 2:])
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    overlap = width * height
     union = box_area(a)[..., :, None] + box_area(b)[..., None, :] - overlap
     return overlap / union.clamp(min=torch.finfo(a.dtype).tiny)
 
@@ -65,6 +62,9 @@ def _by_column(operation, deltas, weights):
     "`operation` of each of the four columns with its weight."
     return torch.stack([operation(d, w) for d, w in zip(deltas.unbind(-1), weights)], -1)
 
+# no step grows a box more than this; exp would overflow early in training
+MAX_LOG_SCALE = math.log(1000 / 16)
+
 # %% ../nbs/02_boxes.ipynb #c63d820d
 def encode_boxes(
     boxes:Float[Tensor, "*batch n 4"],   # where the anchors should go
@@ -76,10 +76,6 @@ def encode_boxes(
     anchor_center, anchor_size = _center_size(anchors)
     deltas = torch.cat([(center - anchor_center) / anchor_size, torch.log(size / anchor_size)], -1)
     return _by_column(torch.mul, deltas, weights)
-
-# %% ../nbs/02_boxes.ipynb #02511706
-# no step grows a box more than this; exp would overflow early in training
-MAX_LOG_SCALE = math.log(1000 / 16)
 
 # %% ../nbs/02_boxes.ipynb #e0d727f1
 def decode_boxes(
@@ -152,7 +148,6 @@ def apply_to_valid(
         def back(out): return out.new_zeros(*valid.shape, *out.shape[1:]).index_put((valid,), out)
     return tuple(map(back, out)) if isinstance(out, tuple) else back(out)
 
-# %% ../nbs/02_boxes.ipynb #3c3d4a8b
 def batched_gather(
     values:Tensor,                # [batch, n, ...]
     index:Int[Tensor, "batch k"], # which of the n, for each image

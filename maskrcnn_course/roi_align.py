@@ -23,14 +23,12 @@ def roi_align(
 ) -> Float[Tensor, "k c rows columns"]:
     """Every box's part of the map in a fixed number of bins, each the mean of bilinear samples.
 
-    Mask R-CNN, section 3. Computed in float32 at least: a place in half precision would be off by up to
-    several hundredths of a cell.
+    Mask R-CNN, section 3. In float32 at least: half precision would move a sample by hundredths of a cell.
     """
     wide = torch.promote_types(features.dtype, torch.float32)
     boxes = [b.to(wide) for b in boxes] if isinstance(boxes, list) else boxes.to(wide)
-    bins = torchvision.ops.roi_align(
-        features.to(wide), boxes, output_size, spatial_scale, sampling_ratio, aligned)
-    return bins.to(features.dtype)
+    options = output_size, spatial_scale, sampling_ratio, aligned
+    return torchvision.ops.roi_align(features.to(wide), boxes, *options).to(features.dtype)
 
 # %% ../nbs/06_roi_align.ipynb #2845ebee
 def roi_levels(
@@ -45,7 +43,7 @@ def roi_levels(
     level = level.nan_to_num(finest)  # of a box that is reversed or not a number
     return level.floor().clamp(finest, coarsest).long() - finest
 
-# %% ../nbs/06_roi_align.ipynb #7565f639
+# %% ../nbs/06_roi_align.ipynb #21fb25ea
 def _axis_samples(start, length, bins, ratio, cells):
     "Cells and weights [K, bins, 2 * ratio] of each bin along one axis of maps with `cells` [K] cells."
     steps = (torch.arange(bins * ratio, dtype=start.dtype, device=start.device) + 0.5) / (bins * ratio)
@@ -60,7 +58,6 @@ def _axis_samples(start, length, bins, ratio, cells):
     weight = torch.stack([1 - part, part], -1) * inside[..., None] / ratio
     return cell.view(-1, bins, 2 * ratio), weight.view(-1, bins, 2 * ratio)
 
-# %% ../nbs/06_roi_align.ipynb #21fb25ea
 def _bin_cells(
     rois:Float[Tensor, "k 5"],  # image index, x1 y1 x2 y2 in pixels
     levels:Int[Tensor, "k 4"],  # of each box's level: rows, columns, stride, and where it begins in the table
@@ -78,7 +75,6 @@ def _bin_cells(
     weights = wy[:, :, None, :, None] * wx[:, None, :, None, :]
     return cells.flatten(0, 2).flatten(1), weights.flatten(0, 2).flatten(1)
 
-# %% ../nbs/06_roi_align.ipynb #4a94d99e
 def _level_by_level(features, rois, output_size, powers, level):
     "Adaptive RoIAlign of every box on its level, in the order of the boxes."
     index = [(level == i).nonzero()[:, 0] for i in range(len(features))]

@@ -112,6 +112,12 @@ def test_wild_deltas_stay_finite_and_equal_torchvisions(rows, weights):
     torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-2)
 
 
+def test_a_box_without_height_has_no_finite_deltas():
+    "Data without such boxes is what chapter 0 sees to."
+    deltas = encode_boxes(tensor([[2., 2, 5, 2]]), tensor([[0., 0, 4, 4]]))
+    assert deltas[0, 3] == -math.inf and deltas[0, :3].isfinite().all()
+
+
 def test_decoding_keeps_the_number_format_of_the_anchors():
     anchors = tensor([[100., 200, 613, 701]])
     decoded = decode_boxes(torch.full((1, 4), .1).bfloat16(), anchors)
