@@ -16,7 +16,7 @@ from .anchors import AnchorGenerator, Matcher, assign_targets_to_anchors, balanc
 from .boxes import (batched_gather, clip_boxes, decode_boxes, encode_boxes, nms_mask,
                                    remove_small_boxes)
 
-# %% ../nbs/04_rpn.ipynb #b0ba2c3b
+# %% ../nbs/04_rpn.ipynb #451f0706
 def permute_and_flatten(
     maps:Float[Tensor, "batch channels rows columns"], # the channels of an anchor's values stand together
     values:int,                                        # per anchor
@@ -24,7 +24,6 @@ def permute_and_flatten(
     "The values of each anchor in the order of the anchors: row by row, column by column, anchor by anchor."
     return maps.unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3)
 
-# %% ../nbs/04_rpn.ipynb #451f0706
 class RPNHead(nn.Module):
     "Two answers per anchor, shared by all levels: objectness and box deltas (Faster R-CNN, 3.1)."
     def __init__(self,
@@ -89,7 +88,10 @@ def rpn_loss(
     targets:Float[Tensor, "batch s 4"],  # what the deltas of these should be
     valid:Bool[Tensor, "batch s"],       # false for padding
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    "Cross-entropy of the objectness, and smooth L1 of the deltas (Faster R-CNN, equation 1)."
+    """Cross-entropy of the objectness, and smooth L1 of the deltas, each over the number of sampled anchors.
+
+    Faster R-CNN, equation 1, with λ / N_reg = 1 / N_cls, and β = 1/9 as in its published code.
+    """
     wrong = F.binary_cross_entropy_with_logits(objectness, positive.to(targets), reduction="none")
     off = F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").sum(-1)
     return masked_mean(wrong, valid), (off * positive).sum() / valid.sum().clamp(min=1)
@@ -101,12 +103,12 @@ class Proposals(NamedTuple):
     scores:Tensor  # [batch, n], probability of an object
     valid:Tensor   # [batch, n], false for padding
 
-# %% ../nbs/04_rpn.ipynb #49772946
 def _pad_to(values, n, value=0.):
     "[batch, k, ...] padded to [batch, n, ...]."
     missing = values.new_full((len(values), n - values.shape[1], *values.shape[2:]), value)
     return torch.cat([values, missing], 1)
 
+# %% ../nbs/04_rpn.ipynb #49772946
 def filter_proposals(
     objectness:list,              # logits [batch, anchors] per level
     deltas:list,                  # [batch, anchors, 4] per level
@@ -139,7 +141,7 @@ def filter_proposals(
     boxes = batched_gather(boxes.flatten(1, 2), best) * valid[..., None]
     return Proposals(boxes, scores.clamp(min=0), valid)
 
-# %% ../nbs/04_rpn.ipynb #dded3674
+# %% ../nbs/04_rpn.ipynb #82dbcfee
 @dataclass
 class RPNOutput:
     "The RPN's answers, one tensor per level."
@@ -147,7 +149,6 @@ class RPNOutput:
     deltas:list      # [batch, anchors, 4]
     anchors:list     # [anchors, 4], x1 y1 x2 y2 in pixels
 
-# %% ../nbs/04_rpn.ipynb #82dbcfee
 class RegionProposalNetwork(nn.Module):
     "Anchors, the head that judges them, and what is done with its answers (Faster R-CNN, section 3.1)."
     suppress = staticmethod(nms_mask)
