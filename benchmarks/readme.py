@@ -71,12 +71,25 @@ def finetune():
     for classes, arms in found["sets"].items():
         for arm, r in arms.items():
             figures = " | ".join(f"{r[kind][ap]:.3f}" for kind in ("bbox", "segm") for ap in ("AP", "AP50"))
-            rows.append(f"| {classes} | {arm} | {r['seconds'] / 60:.1f} | {figures} |")
+            rows.append(f"| {classes} | {arm} | {figures} |")
     return ["", f"Other classes: 232 photos, {found['epochs']} epochs of joint training on "
             f"{found['machine']['threads']} cores, begun from ImageNet's body or with `--start` from a run "
             "on the scenes; one seed (`python benchmarks/finetune.py`).", "",
-            "| classes | start | minutes | box AP | box AP50 | mask AP | mask AP50 |",
-            "|---|---|---|---|---|---|---|", *rows]
+            "| classes | start | box AP | box AP50 | mask AP | mask AP50 |",
+            "|---|---|---|---|---|---|", *rows]
+
+
+def how_long():
+    "What the default training will take on the machines where benchmarks/minutes.py ran."
+    path = ROOT / "benchmarks/results/minutes.json"
+    if not path.is_file(): return []
+    kinds = {"bf16": "bfloat16", "no": "float32"}
+    def say(r):
+        kind, m = kinds[r["mixed_precision"]], r["machine"]
+        return f"{r['minutes']:.0f} minutes in {kind} on {m['threads']} cores of {m['cpu']}"
+    said = "; ".join(say(r) for r in json.loads(path.read_text()).values())
+    return ["", "How long the default training takes is worked out from timed steps "
+            f"(`python benchmarks/minutes.py`): {said}."]
 
 
 def photos():

@@ -31,8 +31,7 @@ class TwoMLPHead(nn.Module):
         roi_features:Float[Tensor, "k c bins bins"], # from RoIAlign
     ) -> Float[Tensor, "k d"]:
         "What the predictor decides on."
-        x = roi_features.flatten(1)
-        x = F.relu(self.fc6(x))
+        x = F.relu(self.fc6(roi_features.flatten(1)))
         return F.relu(self.fc7(x))
 
 # %% ../nbs/07_box_head.ipynb #ceae4a53
@@ -67,7 +66,6 @@ def conv_layers(
         return nn.Sequential(conv, *norm, nn.ReLU(inplace=True))
     return nn.Sequential(*[layer(a, b) for a, b in zip((in_channels, *layers), layers)])
 
-# %% ../nbs/07_box_head.ipynb #418b6a7f
 class FastRCNNConvFCHead(nn.Sequential):
     "3x3 convolutions, then fully connected layers: the larger box head (Wu and He, 2018)."
     def __init__(self,
@@ -82,7 +80,7 @@ class FastRCNNConvFCHead(nn.Sequential):
         for a, b in zip(widths, hidden): fully_connected += [nn.Linear(a, b), nn.ReLU(inplace=True)]
         super().__init__(*conv_layers(in_channels, layers, norm_layer), nn.Flatten(), *fully_connected)
 
-# %% ../nbs/07_box_head.ipynb #3a3efe37
+# %% ../nbs/07_box_head.ipynb #3e8a1539
 class Samples(NamedTuple):
     "Proposals that the heads learn from, objects first in each image."
     boxes:Tensor    # [batch, s, 4], x1 y1 x2 y2 in pixels
@@ -90,7 +88,6 @@ class Samples(NamedTuple):
     matched:Tensor  # [batch, s], index of the ground truth that each belongs to
     valid:Tensor    # [batch, s], false for padding
 
-# %% ../nbs/07_box_head.ipynb #3e8a1539
 @torch.no_grad()
 def select_training_samples(
     proposals:Float[Tensor, "batch n 4"],    # padded
@@ -127,7 +124,10 @@ def fastrcnn_loss(
     valid:Bool[Tensor, "*batch"],                  # false for padding
     weights:tuple=(10., 10., 5., 5.),              # of the deltas
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    "Cross-entropy of the classes, and smooth L1 of the true class's deltas (Fast R-CNN, equation 1)."
+    """Cross-entropy of the classes, and smooth L1 of the true class's deltas, each over all samples.
+
+    Fast R-CNN, equations 1 to 3, but with the knee of smooth L1 at 1/9, as in torchvision, in place of 1.
+    """
     wrong = F.cross_entropy(class_logits.movedim(-1, 1), labels, reduction="none")
     positive = valid & (labels > 0)
     targets = encode_boxes(matched, proposals, weights).masked_fill(~positive[..., None], 0)
@@ -135,7 +135,7 @@ def fastrcnn_loss(
     off = F.smooth_l1_loss(deltas, targets, beta=1 / 9, reduction="none").sum(-1)
     return masked_mean(wrong, valid), (off * positive).sum() / valid.sum().clamp(min=1)
 
-# %% ../nbs/07_box_head.ipynb #9d1d1c9f
+# %% ../nbs/07_box_head.ipynb #0cda4639
 class Detections(NamedTuple):
     "The final boxes of each image, best first, padded."
     boxes:Tensor   # [batch, d, 4], x1 y1 x2 y2 in pixels; 0 for padding
@@ -143,7 +143,6 @@ class Detections(NamedTuple):
     scores:Tensor  # [batch, d], probability of the class
     valid:Tensor   # [batch, d], false for padding
 
-# %% ../nbs/07_box_head.ipynb #0cda4639
 def postprocess_detections(
     class_logits:Float[Tensor, "batch n classes"],  # of the proposals
     box_deltas:Float[Tensor, "batch n classes 4"],  # of the proposals

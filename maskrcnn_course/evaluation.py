@@ -9,10 +9,11 @@ import json, math, os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-import numpy as np, torch
+import numpy as np
 from jaxtyping import Bool, Float, Int, Real
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torchvision.ops import box_convert
 from .boxes import box_iou
 
 # %% ../nbs/09_evaluation.ipynb #84650097
@@ -106,15 +107,17 @@ def paired_iou(
     union = np.where(crowd, area, area + other - overlap)
     return np.divide(overlap, union, out=np.zeros_like(overlap), where=overlap > 0)
 
-# %% ../nbs/09_evaluation.ipynb #a12f1a30
-def _pairs(a:Int[np.ndarray, "n"], b:Int[np.ndarray, "m"]) -> tuple:
-    "All i, j with a[i] == b[j], of a sorted `b`."
-    low = np.searchsorted(b, a)
-    high = np.searchsorted(b, a, "right")
-    count = high - low
-    i = np.arange(len(a)).repeat(count)
-    j = np.arange(count.sum()) + (high - count.cumsum()).repeat(count)
-    return i, j
+# %% ../nbs/09_evaluation.ipynb #07117144
+def _summary(
+    ap:Float[np.ndarray, "classes areas 10"],
+    ar:Float[np.ndarray, "3 classes areas 10"], # recall at 1, 10 and 100 detections
+) -> dict:
+    "COCO's twelve numbers, of average precision and of recall; -1 where there is nothing."
+    chosen = {"AP": ap[:, 0], "AP50": ap[:, 0, 0], "AP75": ap[:, 0, 5]}
+    chosen |= {f"AP{s}": ap[:, a] for a, s in enumerate(AREAS) if s}
+    chosen |= {f"AR{n}": r[:, 0] for n, r in zip(MAX_DETECTIONS, ar)}
+    chosen |= {f"AR{s}": ar[-1, :, a] for a, s in enumerate(AREAS) if s}
+    return {name: float(x[x > -1].mean()) if (x > -1).any() else -1. for name, x in chosen.items()}
 
 # %% ../nbs/09_evaluation.ipynb #2f583ca9
 def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
@@ -142,18 +145,15 @@ def _rle_areas(rles:list) -> Int[np.ndarray, "n"]:
     fills = (np.minimum.reduceat(runs, first) >= 0) & (np.add.reduceat(runs, first) == pixels)
     return np.where(fills, np.add.reduceat(runs * odd, first), -1)
 
-# %% ../nbs/09_evaluation.ipynb #936e6bb6
 def read_json(
     source:dict | list | str | os.PathLike,
 ) -> Any: # a dict or a list
     "The content of a JSON file, or `source` itself where it is no path."
     return json.loads(Path(source).read_text()) if isinstance(source, (str, os.PathLike)) else source
 
-
 def _name(what:str, row:dict, i:int) -> str:
     "What an error calls a row: results by their place, all else by its id."
     return f"{what} {i if what == 'result' else row.get('id', i)}"
-
 
 def _each(rows:list, what:str, read:Callable) -> list:
     "`read` of every row; what goes wrong is a `ValueError` that names the row."
@@ -164,14 +164,12 @@ def _each(rows:list, what:str, read:Callable) -> list:
         except Exception as e: raise ValueError(f"{_name(what, row, i)}: {e}") from None
     return values
 
-# %% ../nbs/09_evaluation.ipynb #abb26c30
 def _box(row:dict) -> tuple:
     "The four numbers of its `bbox`."
     x, y, w, h = row["bbox"]
     if not (math.isfinite(x + y + w + h) and w >= 0 and h >= 0):
         raise ValueError(f"a bbox is x, y, width, height in pixels, not {row['bbox']}")
     return x, y, w, h
-
 
 def _rle(row:dict, sizes:dict) -> Mapping:
     "Its `segmentation` as a compressed RLE; `sizes` has the height and width of every image."
@@ -182,7 +180,6 @@ def _rle(row:dict, sizes:dict) -> Mapping:
         raise ValueError(f"a mask of {segmentation['size']} in an image of {size}")
     if isinstance(counts, list): return coco_mask.frPyObjects(segmentation, *size)
     return dict(size=size, counts=counts.encode() if isinstance(counts, str) else bytes(counts))
-
 
 def shapes_of(rows:list, what:str, images:dict | None=None) -> tuple:
     "Boxes [n, 4] and their areas; or, given the images, RLEs and theirs."
@@ -200,7 +197,36 @@ def shapes_of(rows:list, what:str, images:dict | None=None) -> tuple:
         raise ValueError(f"{_name(what, rows[i], i)}: the runs of its mask do not fill {rles[i]['size']}")
     return rles, areas
 
+def _rles_of(masks:Bool[Tensor, "n h w"]) -> list:
+    "Masks as RLEs, fit for a JSON file."
+    rles:Any = coco_mask.encode(np.asfortranarray(masks.permute(1, 2, 0).cpu().numpy(), np.uint8))
+    return [dict(size=rle["size"], counts=rle["counts"].decode()) for rle in rles]
+
 # %% ../nbs/09_evaluation.ipynb #ddf3c552
+def _pairs(a:Int[np.ndarray, "n"], b:Int[np.ndarray, "m"]) -> tuple:
+    "All i, j with a[i] == b[j], of a sorted `b`."
+    low = np.searchsorted(b, a)
+    high = np.searchsorted(b, a, "right")
+    count = high - low
+    i = np.arange(len(a)).repeat(count)
+    j = np.arange(count.sum()) + (high - count.cumsum()).repeat(count)
+    return i, j
+
+def _mask_iou(
+    masks:list,             # sorted by group
+    group:np.ndarray,       # of each mask
+    others:list,            # sorted by group
+    other_group:np.ndarray, # of each of `others`
+    crowd:np.ndarray,       # which of `others` are crowds
+) -> np.ndarray:
+    "IoU of every mask with every other one of its group, as `_pairs` lists them."
+    ious = [np.zeros(0)]
+    for g in np.intersect1d(group, other_group):
+        i = slice(*np.searchsorted(group, [g, g + 1]))
+        j = slice(*np.searchsorted(other_group, [g, g + 1]))
+        ious.append(np.ravel(coco_mask.iou(masks[i], others[j], crowd[j].tolist())))
+    return np.concatenate(ious)
+
 def _grouping(images:dict, classes:dict) -> Callable:
     "A function that gives a row one number for its class and its image."
     image_at = {id: k for k, id in enumerate(sorted(images))}
@@ -211,13 +237,11 @@ def _grouping(images:dict, classes:dict) -> Callable:
         return class_at[row["category_id"]] * len(images) + image_at[row["image_id"]]
     return group
 
-
 def _outside(area:Real[np.ndarray, "n"]) -> Bool[np.ndarray, "n areas"]:
     "Whether an area lies outside each of `AREAS`."
     low, high = np.array([*AREAS.values()]).T
     return (area[:, None] < low) | (area[:, None] > high)
 
-# %% ../nbs/09_evaluation.ipynb #827cf369
 def _objects(gt:dict, iou_type:str, images:dict, classes:dict) -> tuple:
     "The ground truth by group: groups, shapes, crowd flags, and what is ignored in each range of areas."
     group = _grouping(images, classes)
@@ -228,7 +252,6 @@ def _objects(gt:dict, iou_type:str, images:dict, classes:dict) -> tuple:
     area = np.array(_each(rows, "annotation", lambda a: a["area"]), float)
     shapes, _ = shapes_of(rows, "annotation", images if iou_type == "segm" else None)
     return groups, shapes, crowd, crowd[:, None] | _outside(area)
-
 
 def _detections(results:list, iou_type:str, images:dict, classes:dict) -> tuple:
     "The results by group, then by score: groups, shapes, scores, turns, what is outside each range of areas."
@@ -246,35 +269,6 @@ def _detections(results:list, iou_type:str, images:dict, classes:dict) -> tuple:
     shapes = shapes[order] if iou_type == "bbox" else [shapes[i] for i in order]
     return groups[order], shapes, scores[order], turn, _outside(area[order])
 
-# %% ../nbs/09_evaluation.ipynb #07117144
-def _summary(
-    ap:Float[np.ndarray, "classes areas 10"],
-    ar:Float[np.ndarray, "3 classes areas 10"], # recall at 1, 10 and 100 detections
-) -> dict:
-    "COCO's twelve numbers, of average precision and of recall; -1 where there is nothing."
-    chosen = {"AP": ap[:, 0], "AP50": ap[:, 0, 0], "AP75": ap[:, 0, 5]}
-    chosen |= {f"AP{s}": ap[:, a] for a, s in enumerate(AREAS) if s}
-    chosen |= {f"AR{n}": r[:, 0] for n, r in zip(MAX_DETECTIONS, ar)}
-    chosen |= {f"AR{s}": ar[-1, :, a] for a, s in enumerate(AREAS) if s}
-    return {name: float(x[x > -1].mean()) if (x > -1).any() else -1. for name, x in chosen.items()}
-
-# %% ../nbs/09_evaluation.ipynb #f745ac3a
-def _mask_iou(
-    masks:list,             # sorted by group
-    group:np.ndarray,       # of each mask
-    others:list,            # sorted by group
-    other_group:np.ndarray, # of each of `others`
-    crowd:np.ndarray,       # which of `others` are crowds
-) -> np.ndarray:
-    "IoU of every mask with every other one of its group, as `_pairs` lists them."
-    ious = [np.zeros(0)]
-    for g in np.intersect1d(group, other_group):
-        i = slice(*np.searchsorted(group, [g, g + 1]))
-        j = slice(*np.searchsorted(other_group, [g, g + 1]))
-        ious.append(np.ravel(coco_mask.iou(masks[i], others[j], crowd[j].tolist())))
-    return np.concatenate(ious)
-
-# %% ../nbs/09_evaluation.ipynb #480d729f
 def _curves(hit, tp, outside, scores, turn, ignore) -> tuple:
     "AP [areas, 10] and recall [3, areas, 10] of one class."
     ap = np.full((len(AREAS), len(THRESHOLDS)), -1.)
@@ -287,7 +281,7 @@ def _curves(hit, tp, outside, scores, turn, ignore) -> tuple:
         ar[:, a] = [tp[turn < most, a].sum(0) / objects for most in MAX_DETECTIONS]
     return ap, ar
 
-
+# %% ../nbs/09_evaluation.ipynb #480d729f
 def evaluate(
     gt:dict | str | os.PathLike,      # COCO ground truth, or the path of its JSON file
     results:list | str | os.PathLike, # image_id, category_id, score, bbox (x y width height) or segmentation
@@ -331,15 +325,12 @@ def results_from_predictions(
     "Predictions in torchvision's form as COCO results."
     results = []
     for prediction, image_id in zip(predictions, image_ids, strict=True):
-        low, high = prediction["boxes"].split(2, -1)
-        boxes = torch.cat([low, high - low], -1).tolist()
-        labels, scores = prediction["labels"].tolist(), prediction["scores"].tolist()
+        boxes = box_convert(prediction["boxes"], "xyxy", "xywh")
+        columns = boxes, prediction["labels"], prediction["scores"]
         rows = [dict(image_id=image_id, bbox=box, category_id=label, score=score)
-                for box, label, score in zip(boxes, labels, scores)]
+                for box, label, score in zip(*(column.tolist() for column in columns))]
         if "masks" in prediction:
-            masks = (prediction["masks"][:, 0] > mask_threshold).permute(1, 2, 0).cpu().numpy()
-            rles:Any = coco_mask.encode(np.asfortranarray(masks, np.uint8))
-            for row, rle in zip(rows, rles):
-                row["segmentation"] = dict(size=rle["size"], counts=rle["counts"].decode())
+            rles = _rles_of(prediction["masks"][:, 0] > mask_threshold)
+            rows = [row | dict(segmentation=rle) for row, rle in zip(rows, rles)]
         results += rows
     return results

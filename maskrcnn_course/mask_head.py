@@ -37,19 +37,18 @@ class MaskRCNNPredictor(nn.Sequential):
         logits = nn.Conv2d(dim_reduced, num_classes, 1)
         super().__init__(OrderedDict(conv5_mask=finer, relu=nn.ReLU(inplace=True), mask_fcn_logits=logits))
         nn.init.kaiming_normal_(finer.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(logits.weight, std=1e-3)  # every pixel starts near one half
+        nn.init.normal_(logits.weight, std=1e-3)  # every cell starts near one half
         for name, weight in self.named_parameters():
             if name.endswith("bias"): nn.init.zeros_(weight)
 
-# %% ../nbs/08_mask_head.ipynb #83adb6a6
+# %% ../nbs/08_mask_head.ipynb #bb404a0a
 def masks_of_class(
     mask_logits:Float[Tensor, "k classes m m"], # from the predictor
     labels:Int[Tensor, "k"],                    # a class for each RoI
 ) -> Float[Tensor, "k m m"]:
-    "The mask of one class for each RoI: the other classes' masks are not asked for."
+    "The mask of one class for each RoI: the other classes' masks are not used."
     return mask_logits[torch.arange(len(labels), device=labels.device), labels]
 
-# %% ../nbs/08_mask_head.ipynb #bb404a0a
 def maskrcnn_loss(
     mask_logits:Float[Tensor, "k m m"], # of each sample's true class
     targets:Float[Tensor, "k m m"],     # from `project_masks_on_boxes`

@@ -58,6 +58,7 @@ def _axis_samples(start, length, bins, ratio, cells):
     weight = torch.stack([1 - part, part], -1) * inside[..., None] / ratio
     return cell.view(-1, bins, 2 * ratio), weight.view(-1, bins, 2 * ratio)
 
+# %% ../nbs/06_roi_align.ipynb #2ece700e
 def _bin_cells(
     rois:Float[Tensor, "k 5"],  # image index, x1 y1 x2 y2 in pixels
     levels:Int[Tensor, "k 4"],  # of each box's level: rows, columns, stride, and where it begins in the table
@@ -75,6 +76,7 @@ def _bin_cells(
     weights = wy[:, :, None, :, None] * wx[:, None, :, None, :]
     return cells.flatten(0, 2).flatten(1), weights.flatten(0, 2).flatten(1)
 
+# %% ../nbs/06_roi_align.ipynb #141aa692
 def _level_by_level(features, rois, output_size, powers, level):
     "Adaptive RoIAlign of every box on its level, in the order of the boxes."
     index = [(level == i).nonzero()[:, 0] for i in range(len(features))]

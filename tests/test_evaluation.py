@@ -1,18 +1,15 @@
 "COCO evaluation held against pycocotools on data made to hurt, and against files that cannot be right."
-import contextlib, copy, io, json, math, re
-from pathlib import Path
+import contextlib, copy, io, json, math
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from maskrcnn_course import evaluation
 from maskrcnn_course.data import InstanceDataset
 from maskrcnn_course.evaluation import (evaluate, paired_iou, proposal_recall,
                                         results_from_predictions, rpn_accuracy)
 from maskrcnn_course.scenes import write_scenes
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 H, W = 110, 140
 
@@ -328,20 +325,6 @@ def test_results_from_predictions():
     del prediction["masks"]
     assert all("segmentation" not in r for r in results_from_predictions([prediction], [1]))
     with pytest.raises(ValueError): results_from_predictions([prediction], [1, 2])
-
-
-def test_solutions_in_the_notebook_pass_their_checks():
-    cells = json.loads((ROOT / "nbs/09_evaluation.ipynb").read_text())["cells"]
-    sources = [("".join(c["source"]), c["cell_type"]) for c in cells]
-    def test_close(a, b, eps=1e-5): np.testing.assert_allclose(a, b, rtol=0, atol=eps)
-    def test_fail(f): return pytest.raises(AssertionError, f)
-    names = dict(vars(evaluation), test_close=test_close, test_fail=test_fail)
-    for text, kind in sources:
-        if kind == "code" and re.match(r"def (check_|match_slowly|ap_of)", text): exec(text, names)
-    prose = [text for text, kind in sources if kind == "markdown"]
-    solutions = [s for text in prose for s in re.findall(r"```py\n(.*?)```", text, re.S)]
-    assert len(solutions) == 2
-    for s in solutions: exec(s, names)
 
 
 def as_predictions(gt, seed):
