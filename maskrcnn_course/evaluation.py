@@ -59,7 +59,7 @@ def average_precision(
     d, c = tp.nonzero()
     n = tp_sum[d, c]
     precision = np.zeros((objects + 1, tp.shape[1]))   # row n: when the n-th object was found
-    precision[n, c] = n / (n + fp_sum[d, c] + np.spacing(1))
+    precision[n, c] = n / (n + fp_sum[d, c] + np.spacing(1))  # as pycocotools has it, to the last digit
     envelope = np.maximum.accumulate(precision[::-1])[::-1]
     needed = np.searchsorted(np.arange(objects + 1) / objects, RECALLS).clip(1)
     return envelope[needed].mean(0)

@@ -11,6 +11,11 @@ MACHINE = dict(cpu="some CPU", threads=2, torch="2.11.0+cu130", torchvision="0.2
                driver="580.1")
 
 
+def test_the_page_holds_what_the_results_say():
+    "After a new result: python benchmarks/readme.py"
+    assert readme.section() in (readme.ROOT / "README.md").read_text()
+
+
 def test_without_results_there_is_no_gpu_part(tmp_path): assert readme.gpu(tmp_path) == ""
 
 
