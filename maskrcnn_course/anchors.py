@@ -102,7 +102,7 @@ def assign_targets_to_anchors(
     valid:Bool[Tensor, "batch boxes"],    # false for padding
     matcher:Matcher,                      # from which IoU an anchor is an object, below which background
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n 4"]]:
-    "Label of each anchor (1 object, 0 background, -1 left out) and its box (any where the label is not 1)."
+    "Label of each anchor (1 object, 0 background, -1 ignored) and its box (any where the label is not 1)."
     matched = matcher(box_iou(boxes, anchors.expand(len(boxes), -1, -1)), valid)
     labels = (matched >= 0).to(boxes)
     labels = labels.masked_fill(matched == matcher.BETWEEN_THRESHOLDS, -1)

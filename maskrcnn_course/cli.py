@@ -416,9 +416,11 @@ def lab(args:argparse.Namespace) -> int:
     "Open the course in JupyterLab."
     import importlib.util, subprocess
     front = _front_page()
+    home = front.parents[1]  # the student editions lie beside nbs
     if not importlib.util.find_spec("jupyterlab"):
         raise ValueError("JupyterLab is not installed: pip install jupyterlab")
-    return subprocess.call([sys.executable, "-m", "jupyterlab", str(front), *args.jupyter])
+    words = [str(front), f"--ServerApp.root_dir={home}", *args.jupyter]
+    return subprocess.call([sys.executable, "-m", "jupyterlab", *words])
 
 def exercises(args:argparse.Namespace) -> None:
     "Write the student editions: the chapters without their solutions, with checks."

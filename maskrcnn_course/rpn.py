@@ -138,7 +138,7 @@ def filter_proposals(
     scores = scores.masked_fill(~valid, -1).flatten(1)
     scores, best = scores.topk(min(post_nms_top_n, scores.shape[1]))
     valid = scores >= 0
-    boxes = batched_gather(boxes.flatten(1, 2), best) * valid[..., None]
+    boxes = batched_gather(boxes.flatten(1, 2), best).masked_fill(~valid[..., None], 0)
     return Proposals(boxes, scores.clamp(min=0), valid)
 
 # %% ../nbs/04_rpn.ipynb #82dbcfee

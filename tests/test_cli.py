@@ -283,7 +283,8 @@ def test_lab_opens_the_front_page(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("subprocess.call", lambda words: called.append(words) or 0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     assert main(["lab", "--", "--no-browser"]) == 0
-    assert called[0][1:] == ["-m", "jupyterlab", str(tmp_path / "nbs/index.ipynb"), "--no-browser"]
+    front, root = str(tmp_path / "nbs/index.ipynb"), f"--ServerApp.root_dir={tmp_path}"
+    assert called[0][1:] == ["-m", "jupyterlab", front, root, "--no-browser"]
     monkeypatch.setattr("maskrcnn_course.cli.__file__", str(tmp_path / "lib" / "package" / "cli.py"))
     monkeypatch.chdir(tmp_path / "nbs")
     assert "clone it" in fails(capsys, "lab")
