@@ -143,7 +143,6 @@ def resnet50_backbone(
     body = Body(model, ["layer1", "layer2", "layer3", "layer4"])
     return Backbone(body, [256, 512, 1024, 2048], out_channels, frozen=frozen, **backbone)
 
-# %% ../nbs/05_fpn.ipynb #bfff8f4c
 def resnet50_v2_backbone(
     out_channels:int=256, # channels of the pyramid
     pretrained:bool=True, # ImageNet weights, from torchvision's hub

@@ -27,7 +27,7 @@ EVERYTHING = dict(
     rpn_pre_nms_top_n_train=100, rpn_post_nms_top_n_train=40,
     rpn_pre_nms_top_n_test=100, rpn_post_nms_top_n_test=40,
     box_score_thresh=0.01, box_detections_per_img=20)
-SMALL = dict(num_classes=4, min_size=96, max_size=150, **EVERYTHING)
+SMALL = dict(num_classes=4, min_size=64, max_size=100, **EVERYTHING)
 BOTH = pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
 
 
@@ -54,7 +54,7 @@ PEERS = {
     "mobilenet_v2, norm that learns": lambda: Peer(
         mobilenet("mobilenet_v2", norm_layer=nn.BatchNorm2d), rpn_anchor_generator=anchors(3), **SMALL),
     "ours: tiny": lambda: build_model("tiny", **EVERYTHING).to_torchvision(),
-    "ours: laptop": lambda: build_model("laptop", **EVERYTHING).to_torchvision(),
+    "ours: laptop": lambda: build_model("laptop", fixed_size=(128, 96), **EVERYTHING).to_torchvision(),
 }
 
 
