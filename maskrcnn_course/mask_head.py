@@ -75,11 +75,11 @@ def pasting_weights(
     size:tuple,                    # height and width of the image
 ) -> tuple:                        # [n, height, m + 2], [n, m + 2, m + 2], [n, width, m + 2], [n, 4]
     "The weights of rows, the masks with a rim of zeros, the weights of columns; and the pixels they reach."
-    m = masks.shape[-1] + 2  # the rim lets a mask fade out at its box's edge
+    cells = masks.shape[-1] + 2  # the rim lets a mask fade out at its box's edge
     center = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (m / (m - 2))
+    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * (cells / (cells - 2))
     low, high = (center - half).trunc(), (center + half).trunc()
-    columns, rows = (_axis_weights(low[:, i], high[:, i], size[1 - i], m).to(masks) for i in (0, 1))
+    columns, rows = (_axis_weights(low[:, i], high[:, i], size[1 - i], cells).to(masks) for i in (0, 1))
     return rows, F.pad(masks, (1, 1, 1, 1)), columns, torch.cat([low, high + 1], 1)
 
 # %% ../nbs/08_mask_head.ipynb #1d371186
