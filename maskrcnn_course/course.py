@@ -213,9 +213,9 @@ def _student_code(source, exercises):
 
 # %% ../nbs/14b_course.ipynb #ba9df7a0
 _SOLUTION = re.compile(r"<details><summary>Solution.*?</details>\n?", re.DOTALL)
-_NOTE = """*Student edition of [this chapter](../nbs/{name}). Write what raises `NotImplementedError`;
-run the cell with the check below each: it says what is right and what is not yet. You may skip any; the library's
-version is used then.*"""
+_NOTE = """*Student edition of [this chapter](../nbs/{name}). Write what raises `NotImplementedError`,
+then run the cell with the check below it, which says what is right and what is not yet. You may skip any; the
+library's version is used then.*"""
 
 def _new_cell(kind, source, id):
     cell = dict(cell_type=kind, id=id, metadata={}, source=source.splitlines(True))
