@@ -30,7 +30,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--start", required=True, help="a run on the scenes")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     args = parser.parse_args()
     found = dict(epochs=args.epochs, machine=machine(), sets={})
     for name, groups in SETS.items():
