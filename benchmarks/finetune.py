@@ -46,12 +46,12 @@ def main():
 
 def one(data, out, start, epochs):
     "Train and measure."
-    history = train(data, out, ("joint",), epochs=epochs, start=start, callback=progress_lines())
+    train(data, out, ("joint",), epochs=epochs, start=start, callback=progress_lines())
     model = load_model(out / "model.safetensors")[0]
     metrics, _ = evaluate_model(model, InstanceDataset(data, "val"))
     figures = {kind: {ap: metrics[kind][ap] for ap in ("AP", "AP50")} for kind in ("bbox", "segm")}
     print(out.name, figures, flush=True)
-    return dict(figures, seconds=history[-1]["seconds"])
+    return figures
 
 
 if __name__ == "__main__": main()

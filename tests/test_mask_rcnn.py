@@ -55,7 +55,7 @@ PEERS = {
         mobilenet("mobilenet_v2", norm_layer=nn.BatchNorm2d), rpn_anchor_generator=anchors(3),
         **SMALL | dict(min_size=96, max_size=150)),  # fewer pixels give it too few detections to compare
     "ours: tiny": lambda: build_model("tiny", **EVERYTHING).to_torchvision(),
-    "ours: laptop": lambda: build_model("laptop", fixed_size=(128, 96), **EVERYTHING).to_torchvision(),
+    "ours: laptop": lambda: build_model("laptop", min_size=96, max_size=128, **EVERYTHING).to_torchvision(),
 }
 
 

@@ -41,9 +41,13 @@ def test_watching_changes_no_bit(data, tmp_path):
 
 
 def test_lines_are_said_every_half_minute(data, tmp_path, capsys):
-    train(data, tmp_path / "run", ("rpn",), "tiny", 1, callback=progress_lines(0.), mixed_precision="no")
+    seen = []
+    train(data, tmp_path / "run", ("rpn",), "tiny", 1, callback=seen.append, mixed_precision="no")
+    capsys.readouterr()
+    say = progress_lines(0.)
+    for now in seen: say(now._replace(left=42.))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and "step    3 of 5" in lines[2]
+    assert len(lines) == 6 and "step    3 of 5" in lines[2] and "about 42 s left" in lines[2]
     assert lines[-1].startswith("rpn   epoch  1   loss")
 
 
